@@ -1,0 +1,16 @@
+"""The one exception for mistakes that a user can mend."""
+
+
+class UserError(ValueError):
+    """Input that the user can correct: one sentence that names the value and the remedy.
+
+    It is a ``ValueError``, so code that calls the library may catch it as such; ``main.py`` prints
+    it without a traceback and exits with a non-zero status.
+
+    Example:
+        >>> from gaudi_jax.errors import UserError
+        >>> raise UserError("width target 2.0 is outside (0, 1]; give a fraction such as 0.3")
+        Traceback (most recent call last):
+        ...
+        gaudi_jax.errors.UserError: width target 2.0 is outside (0, 1]; give a fraction such as 0.3
+    """
