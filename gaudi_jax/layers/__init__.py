@@ -1,0 +1,15 @@
+"""Structured linear layers on one contract (`base.py`)."""
+
+from gaudi_jax.layers.base import Location, Sigma, Structural, StructuredLinear, Width
+from gaudi_jax.layers.gaudi import GaudiLinear
+from gaudi_jax.layers.low_rank import LowRankLinear
+
+__all__ = [
+    "GaudiLinear",
+    "Location",
+    "LowRankLinear",
+    "Sigma",
+    "Structural",
+    "StructuredLinear",
+    "Width",
+]

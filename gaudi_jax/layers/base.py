@@ -1,0 +1,172 @@
+"""The contract of structured linear layers, and what they share."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from gaudi_jax.errors import UserError
+
+KernelInit = Callable[[Array, tuple[int, ...], Any], Array]
+
+#: As in `flax.nnx.Linear`.
+default_kernel_init = nnx.initializers.lecun_normal()
+default_bias_init = nnx.initializers.zeros_init()
+
+
+class Structural(nnx.Param):
+    """A parameter that says where blocks lie, not what they hold; never weight-decayed."""
+
+
+class Width(Structural):
+    """Lengths of the blocks' intervals as fractions of the axes, shape (2, B): input, output."""
+
+
+class Location(Structural):
+    """Starts of the blocks' intervals as fractions of the axes, shape (2, B): input, output."""
+
+
+class Sigma(nnx.Variable):
+    """Standard deviation of the masks' Gaussian in the frequency domain; set by a schedule."""
+
+
+class StructuredLinear(nnx.Module):
+    """A linear layer whose kernel has a structure: the contract that every such layer keeps.
+
+    A subclass holds `in_features`, `out_features`, `bias` (a Param or None), `dtype` and
+    `param_dtype`, and gives `kernel`, `multiplications` and `product`. Calling the layer equals
+    ``x @ kernel() + bias``.
+    """
+
+    in_features: int
+    out_features: int
+    bias: nnx.Param | None
+    dtype: Any
+    param_dtype: Any
+
+    @abstractmethod
+    def kernel(self) -> Float[Array, "in out"]:
+        """The dense kernel that the layer stands for, in its parameters' dtype."""
+
+    @abstractmethod
+    def multiplications(self) -> Float[Array, ""]:
+        """Multiplications per input vector, bias apart."""
+
+    @abstractmethod
+    def product(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
+        """The product ``x @ kernel()`` in the cheaper order, in the dtype of x."""
+
+    @classmethod
+    def from_kernel(
+        cls,
+        kernel: Float[Array, "in out"],
+        *,
+        bias: Float[Array, " out"] | None = None,
+        **options: Any,
+    ) -> "StructuredLinear":
+        """Builds the layer from a dense kernel by the layer's own way of approximating one.
+
+        Args:
+            kernel: dense kernel, shape (in, out).
+            bias: bias, shape (out,), or None for a layer without one.
+            **options: keyword arguments of the layer's constructor.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from gaudi_jax import LowRankLinear
+            >>> layer = LowRankLinear.from_kernel(jnp.ones((4, 6)), rank=1)
+            >>> bool(jnp.allclose(layer.kernel(), 1, atol=1e-6))
+            True
+        """
+        layer = cls(  # type: ignore[call-arg]
+            *kernel.shape,
+            use_bias=bias is not None,
+            kernel_init=lambda key, shape, dtype: jnp.asarray(kernel, dtype),
+            rngs=nnx.Rngs(0),
+            **options,
+        )
+        if bias is not None and layer.bias is not None:
+            layer.bias[...] = jnp.asarray(bias, layer.bias.dtype)
+        return layer
+
+    def __call__(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
+        """Applies the layer to the last axis of x.
+
+        Args:
+            x: inputs of shape (..., in_features).
+            out_sharding: sharding of the output, as in `flax.nnx.Linear`.
+
+        Returns:
+            Outputs of shape (..., out_features).
+
+        Raises:
+            UserError: the last axis of x is not in_features long.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise UserError(
+                f"input of shape {x.shape} does not end in the layer's in_features="
+                f"{self.in_features}"
+            )
+        dtype = self.dtype or jnp.result_type(x, self.param_dtype)
+        y = self.product(x.astype(dtype), out_sharding)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def factored_product(
+    x: Float[Array, "*batch in"],
+    left: Float[Array, "k in"],
+    right: Float[Array, "k out"],
+    out_sharding: Any = None,
+) -> Float[Array, "*batch out"]:
+    """Computes ``x @ (left.T @ right)``, composing the kernel first when that costs less.
+
+    With T input vectors, composing takes k·in·out + T·in·out multiplications, the two factors in
+    sequence T·k·(in + out).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.layers.base import factored_product
+        >>> factored_product(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones((1, 3)))
+        Array([[2., 2., 2.]], dtype=float32)
+    """
+    k, n_in = left.shape
+    n_out = right.shape[1]
+    tokens = x.size // n_in
+    left, right = left.astype(x.dtype), right.astype(x.dtype)
+    if n_in * n_out * (k + tokens) < tokens * k * (n_in + n_out):
+        return _dot(x, left.T @ right, 0, out_sharding)
+    return _dot(_dot(x, left, 1, None), right, 0, out_sharding)
+
+
+def svd_factors(
+    kernel: Float[Array, "in out"], rank: int
+) -> tuple[Float[Array, "rank in"], Float[Array, "rank out"]]:
+    """Factors (left, right) of the truncated SVD: left.T @ right, singular values shared evenly.
+
+    Args:
+        kernel: dense kernel, shape (in, out).
+        rank: number of components kept, at most min(in, out).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.layers.base import svd_factors
+        >>> left, right = svd_factors(jnp.diag(jnp.array([3.0, 1.0])), rank=1)
+        >>> bool(jnp.allclose(left.T @ right, jnp.diag(jnp.array([3.0, 0.0])), atol=1e-5))
+        True
+    """
+    u, s, vt = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    return (u[:, :rank] * root).T, root[:, None] * vt[:rank]
+
+
+def _dot(x: Array, matrix: Array, contract: int, out_sharding: Any) -> Array:
+    """Contracts the last axis of x with axis `contract` of a matrix."""
+    return jax.lax.dot_general(
+        x, matrix, (((x.ndim - 1,), (contract,)), ((), ())), out_sharding=out_sharding
+    )

@@ -1,0 +1,94 @@
+"""Initial widths and locations of the blocks of a GaudiLinear.
+
+An initializer is a function ``(key, in_features, out_features, num_blocks, rank) -> (2, B)``: row 0
+is the input axis, row 1 the output axis. All are traceable.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gaudi_jax.errors import UserError
+
+StructureInit = Callable[[Array, int, int, int, int], Float[Array, "2 B"]]
+
+
+def split_widths(density: float | None = None) -> StructureInit:
+    """Half of the cost in full-width blocks, half in many narrow ones.
+
+    With k full-size blocks affordable, the first ⌊k/2⌋ blocks get width 1 and the others
+    (k/2) / (B - k/2), so that the start costs about ``rank k (in + out)`` multiplications.
+
+    Args:
+        density: k as a fraction of the blocks, in (0, 1]; None takes
+            ``k = in·out / (rank (in + out))``, which costs about as much as the dense layer.
+
+    Example:
+        >>> from gaudi_jax.layers.initializers import split_widths
+        >>> split_widths(0.5)(None, 8, 8, 8, 1)[0].round(3)
+        Array([1.   , 1.   , 0.333, 0.333, 0.333, 0.333, 0.333, 0.333], dtype=float32)
+    """
+    _check_density(density)
+
+    def init(key, in_features, out_features, num_blocks, rank):
+        if density is None:
+            affordable = in_features * out_features / (rank * (in_features + out_features))
+        else:
+            affordable = density * num_blocks
+        half = min(affordable, num_blocks) / 2
+        narrow = half / (num_blocks - half)
+        widths = jnp.where(jnp.arange(num_blocks) < int(half), 1.0, narrow)
+        return jnp.tile(widths.astype(jnp.float32), (2, 1))
+
+    return init
+
+
+def leading_widths(density: float) -> StructureInit:
+    """The first ``density * B`` blocks at width 1, the others dead: a truncated SVD.
+
+    Args:
+        density: active fraction of the blocks, in (0, 1].
+
+    Example:
+        >>> from gaudi_jax.layers.initializers import leading_widths
+        >>> leading_widths(0.5)(None, 8, 8, 4, 1)[1]
+        Array([1., 1., 0., 0.], dtype=float32)
+    """
+    _check_density(density)
+
+    def init(key, in_features, out_features, num_blocks, rank):
+        active = jnp.arange(num_blocks) < int(density * num_blocks)
+        return jnp.tile(active.astype(jnp.float32), (2, 1))
+
+    return init
+
+
+def zero_locations() -> StructureInit:
+    """All intervals start at place 0.
+
+    Example:
+        >>> from gaudi_jax.layers.initializers import zero_locations
+        >>> zero_locations()(None, 8, 8, 2, 1)
+        Array([[0., 0.],
+               [0., 0.]], dtype=float32)
+    """
+    return lambda key, in_features, out_features, num_blocks, rank: jnp.zeros((2, num_blocks))
+
+
+def spaced_locations() -> StructureInit:
+    """Block b starts at b / B on both axes.
+
+    Example:
+        >>> from gaudi_jax.layers.initializers import spaced_locations
+        >>> spaced_locations()(None, 8, 8, 4, 1)[0]
+        Array([0.  , 0.25, 0.5 , 0.75], dtype=float32)
+    """
+    return lambda key, in_features, out_features, num_blocks, rank: jnp.tile(
+        jnp.arange(num_blocks, dtype=jnp.float32) / num_blocks, (2, 1)
+    )
+
+
+def _check_density(density: float | None) -> None:
+    if density is not None and not 0 < density <= 1:
+        raise UserError(f"density={density} is outside (0, 1]; give a fraction of the blocks")
