@@ -1,6 +1,6 @@
 """Linear layers that learn their own block-low-rank structure, in JAX and Flax NNX."""
 
-from gaudi_jax import masks
+from gaudi_jax import masks, models
 from gaudi_jax.layers import GaudiLinear, LowRankLinear, Structural
 
-__all__ = ["GaudiLinear", "LowRankLinear", "Structural", "masks"]
+__all__ = ["GaudiLinear", "LowRankLinear", "Structural", "masks", "models"]
