@@ -2,5 +2,6 @@
 
 from gaudi_jax import masks, models
 from gaudi_jax.layers import GaudiLinear, LowRankLinear, Structural
+from gaudi_jax.training.optim import gaudi_adamw
 
-__all__ = ["GaudiLinear", "LowRankLinear", "Structural", "masks", "models"]
+__all__ = ["GaudiLinear", "LowRankLinear", "Structural", "gaudi_adamw", "masks", "models"]

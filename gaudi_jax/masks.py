@@ -187,7 +187,20 @@ def block_multiplications(
     zeros = jnp.zeros_like(widths[0])
     _, a = intervals(widths[0], zeros, in_features, granularity=granularity[0])
     _, b = intervals(widths[1], zeros, out_features, granularity=granularity[1])
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return interval_multiplications(a.astype(jnp.float32), b.astype(jnp.float32), rank)
+
+
+def interval_multiplications(
+    a: Float[Array, "*B"], b: Float[Array, "*B"], rank: int | Array
+) -> Float[Array, "*B"]:
+    """Multiplications of blocks whose intervals are a and b features long: min(r (a + b), a b).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.masks import interval_multiplications
+        >>> interval_multiplications(jnp.array([8.0, 0.0]), jnp.array([4.0, 4.0]), 2)
+        Array([24.,  0.], dtype=float32)
+    """
     return jnp.minimum(rank * (a + b), a * b)
 
 

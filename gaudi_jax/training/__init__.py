@@ -1,0 +1,1 @@
+"""Training: optimizer, schedules, the loop, checkpoints and metrics."""

@@ -1,0 +1,197 @@
+"""The optimizer: AdamW on what blocks hold, proximal Adam on where they lie."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from gaudi_jax.errors import UserError
+from gaudi_jax.layers import GaudiLinear, Location, Structural, StructuredLinear, Width
+from gaudi_jax.training.controllers import (
+    Controller,
+    LayerSize,
+    LayerSizes,
+    clip_widths,
+    names,
+    wrap_locations,
+)
+
+#: Modules whose matrices are weight-decayed; embeddings, norms, tokens and biases are not.
+DECAYED_MODULES = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, StructuredLinear)
+
+
+def gaudi_adamw(
+    model: nnx.Module,
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    structural_learning_rate: optax.ScalarOrSchedule,
+    location_learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay: float = 0.05,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float | None = None,
+    layer_moment: bool = False,
+    controller: Controller = clip_widths,
+) -> optax.GradientTransformation:
+    """AdamW on the content parameters, Adam with b1 = 0 and a width controller on the structure.
+
+    One optax transformation over ``nnx.state(model, nnx.Param)``. Parameters are told apart by
+    their types: kernels and factors (decayed), other content (not decayed), widths, locations.
+    Widths end in [0, 1] where the controller wants them, locations wrap modulo 1.
+
+    Args:
+        model: the model whose parameters are optimized: it supplies the labels and the layer sizes
+            that price a width.
+        learning_rate: of the content, a number or a schedule.
+        structural_learning_rate: of the widths, a number or a schedule.
+        location_learning_rate: of the locations; None takes that of the widths.
+        weight_decay: decoupled decay of kernels and factors.
+        b1: decay of the content's first moment.
+        b2: decay of the content's second moment. The structure's are 0 and 0.999.
+        eps: added to the root of the second moments.
+        clip_norm: bound of the whole gradient's norm before anything else; None for no bound.
+        layer_moment: average the widths' second moment over each layer instead of one per width.
+        controller: what bounds the widths (`gaudi_jax.training.controllers`); by default they are
+            only kept in [0, 1].
+
+    Returns:
+        An optax transformation whose update needs `params`.
+
+    Raises:
+        UserError: clip_norm is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gaudi_jax import GaudiLinear, gaudi_adamw
+        >>> from gaudi_jax.training.controllers import budget_controller
+        >>> model = GaudiLinear(16, 16, rngs=nnx.Rngs(0))
+        >>> tx = gaudi_adamw(model, learning_rate=1e-3, structural_learning_rate=1e-3,
+        ...                  controller=budget_controller(0.25))
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> grads = nnx.grad(lambda m: (m(jnp.ones((2, 16))) ** 2).sum())(model)
+        >>> _ = optimizer.update(model, grads)
+        >>> bool(model.multiplications() <= 0.25 * 16 * 16)
+        True
+    """
+    if clip_norm is not None and not clip_norm > 0:
+        raise UserError(f"clip_norm={clip_norm} must be positive; use None for no clipping")
+    if location_learning_rate is None:
+        location_learning_rate = structural_learning_rate
+    second_moment = scale_by_layer_moment if layer_moment else _scale_by_second_moment
+    content = {"b1": b1, "b2": b2, "eps": eps}
+    groups = optax.partition(
+        {
+            "decayed": optax.adamw(learning_rate, weight_decay=weight_decay, **content),
+            "content": optax.adam(learning_rate, **content),
+            "width": optax.chain(
+                second_moment(eps=eps),
+                optax.scale_by_learning_rate(structural_learning_rate),
+                controller(layer_sizes(model)),
+            ),
+            "location": optax.chain(
+                _scale_by_second_moment(eps=eps),
+                optax.scale_by_learning_rate(location_learning_rate),
+                wrap_locations(),
+            ),
+        },
+        _Labels(model),
+    )
+    if clip_norm is None:
+        return groups
+    return optax.chain(optax.clip_by_global_norm(clip_norm), groups)
+
+
+def layer_sizes(model: nnx.Module) -> LayerSizes:
+    """Sizes of the model's Gaudi layers by their paths.
+
+    Example:
+        >>> from flax import nnx
+        >>> from gaudi_jax import GaudiLinear
+        >>> from gaudi_jax.training.optim import layer_sizes
+        >>> layer_sizes(GaudiLinear(8, 4, rngs=nnx.Rngs(0)))
+        {(): LayerSize(rank=1, features=(8, 4), granularity=(1, 1))}
+    """
+    return {
+        path: LayerSize(module.rank, (module.in_features, module.out_features), module.granularity)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, GaudiLinear)
+    }
+
+
+class LayerMomentState(NamedTuple):
+    """Steps made, and the running mean of the squared gradient of each array."""
+
+    count: jax.Array
+    moment: Any
+
+
+def scale_by_layer_moment(decay: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Divides by the root of the squared gradient averaged over the array and over time.
+
+    Adam with b1 = 0, but with one second moment per array: the gradients of a layer's widths keep
+    their proportions, so that widths that hardly matter do not move as fast as those that do.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.training.optim import scale_by_layer_moment
+        >>> tx = scale_by_layer_moment()
+        >>> g = jnp.array([3.0, 4.0])
+        >>> [round(float(u), 2) for u in tx.update(g, tx.init(g))[0]]
+        [0.85, 1.13]
+    """
+
+    def init(params):
+        moment = jax.tree.map(lambda _: jnp.zeros([], jnp.float32), params)
+        return LayerMomentState(jnp.zeros([], jnp.int32), moment)
+
+    def update(updates, state, params=None):
+        count = optax.safe_increment(state.count)
+        moment = jax.tree.map(
+            lambda g, m: decay * m + (1 - decay) * jnp.mean(jnp.square(g)), updates, state.moment
+        )
+        correction = 1 - decay**count
+        updates = jax.tree.map(lambda g, m: g / (jnp.sqrt(m / correction) + eps), updates, moment)
+        return updates, LayerMomentState(count, moment)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_by_second_moment(eps: float) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=0.0, b2=0.999, eps=eps)
+
+
+class _Labels:
+    """Labels parameters by the types of their Variables, whatever container they come in."""
+
+    def __init__(self, model: nnx.Module):
+        self._labels: dict[tuple, str] = {}
+        for path, module in nnx.iter_modules(model):
+            for name, variable in vars(module).items():
+                if isinstance(variable, nnx.Param):
+                    self._labels[(*path, name)] = _label(module, name, variable)
+
+    def __call__(self, params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(self._label_of, params)
+
+    def _label_of(self, path: tuple, _: Any) -> str:
+        if names(path) not in self._labels:
+            known = ", ".join("/".join(map(str, p)) for p in list(self._labels)[:3])
+            raise UserError(
+                f"parameter {'/'.join(map(str, names(path)))} is not one of the model's that the "
+                f"optimizer was made for ({known}, ...); make the optimizer for this model"
+            )
+        return self._labels[names(path)]
+
+
+def _label(module: nnx.Module, name: str, variable: nnx.Param) -> str:
+    if isinstance(variable, Width):
+        return "width"
+    if isinstance(variable, Location):
+        return "location"
+    if isinstance(variable, Structural):
+        raise UserError(f"no rule optimizes structural parameters of {type(variable).__name__}")
+    return "decayed" if isinstance(module, DECAYED_MODULES) and name != "bias" else "content"
