@@ -249,15 +249,30 @@ def _fft_mask(
     sigma: Array,
     smoothing: float = 0.0,
 ) -> Float[Array, "B n"]:
-    k = jnp.arange(n // 2 + 1, dtype=jnp.float32)
+    k = jnp.arange(n // 2 + 1, dtype=jnp.float32)[None]
     w, l = widths[:, None], locations[:, None]  # noqa: E741
-    amplitude = w * jnp.sinc(k * w) / jnp.sinc(k / n) * _gaussian(n, sigma, smoothing)
-    phase = jnp.pi * k * (1 / n - w) - 2 * jnp.pi * k * l
+    # w sinc(kw) / sinc(k/n) = sin(pi k w) / (n sin(pi k / n)), which is w at k = 0.
+    half_turns = _half_turns(k, w, n)
+    denominator = n * jnp.sin(jnp.pi * jnp.maximum(k, 1) / n)
+    amplitude = jnp.where(k == 0, w, jnp.sin(jnp.pi * half_turns) / denominator)
+    amplitude = amplitude * _gaussian(n, sigma, smoothing)[None]
+    phase = jnp.pi * (k / n - half_turns - 2 * _half_turns(k, l, n))
     return jnp.fft.irfft(amplitude * jnp.exp(1j * phase), n, norm="forward")
 
 
+def _half_turns(k: Float[Array, "1 k"], x: Float[Array, "B 1"], n: int) -> Float[Array, "B k"]:
+    """The product k x up to a multiple of 2: a phase in half turns.
+
+    Float32 cannot hold k x to the 1e-7 that masks need. The part of x on the grid of n places is
+    multiplied in integers, which is exact; the small rest follows in float32.
+    """
+    place = jax.lax.stop_gradient(jnp.round(x * n))
+    exact = jnp.mod(k.astype(jnp.int32) * place.astype(jnp.int32), 2 * n) / n
+    return exact + k * (x - place / n)
+
+
 def _boxcar(starts: Int[Array, " B"], lengths: Int[Array, " B"], n: int) -> Array:
-    distance = jnp.arange(n) - starts[:, None]
+    distance = jnp.arange(n)[None] - starts[:, None]
     return jnp.where(distance < 0, distance + n, distance) < lengths[:, None]
 
 

@@ -162,7 +162,7 @@ def svd_factors(
     """
     u, s, vt = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
     root = jnp.sqrt(s[:rank])
-    return (u[:, :rank] * root).T, root[:, None] * vt[:rank]
+    return root[:, None] * u[:, :rank].T, root[:, None] * vt[:rank]
 
 
 def _dot(x: Array, matrix: Array, contract: int, out_sharding: Any) -> Array:

@@ -1,0 +1,1 @@
+"""Data: image sources, augmentation and Grain pipelines."""

@@ -1,0 +1,167 @@
+"""Augmentation: geometry on the host, one image at a time; mixing on the device, by batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+# ---- on the host: numpy arrays, uint8 (H, W, C) ----
+
+
+def resize_and_crop(
+    image: UInt8[np.ndarray, "H W C"], size: int, crop_fraction: float = 1.0
+) -> UInt8[np.ndarray, "size size C"]:
+    """Resizes the shorter side to ``size / crop_fraction`` (bicubic) and crops the centre.
+
+    An image that has the right size already is returned as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> from gaudi_jax.data.augment import resize_and_crop
+        >>> resize_and_crop(np.zeros((40, 60, 3), np.uint8), 32).shape
+        (32, 32, 3)
+    """
+    height, width, channels = image.shape
+    shorter = round(size / crop_fraction)
+    if min(height, width) != shorter:
+        scale = shorter / min(height, width)
+        new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+        pixels = image[..., 0] if channels == 1 else image
+        resized = Image.fromarray(pixels).resize(new_size, Image.Resampling.BICUBIC)
+        image = np.atleast_3d(np.asarray(resized))
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def random_crop(
+    image: UInt8[np.ndarray, "H W C"], size: int, padding: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "size size C"]:
+    """Pads with zeros on every side and crops at a random place.
+
+    Example:
+        >>> import numpy as np
+        >>> from gaudi_jax.data.augment import random_crop
+        >>> random_crop(np.ones((8, 8, 1), np.uint8), 8, 1, np.random.default_rng(0)).shape
+        (8, 8, 1)
+    """
+    height, width, channels = image.shape
+    padded = np.zeros((height + 2 * padding, width + 2 * padding, channels), np.uint8)
+    padded[padding : padding + height, padding : padding + width] = image
+    top = rng.integers(padded.shape[0] - size + 1)
+    left = rng.integers(padded.shape[1] - size + 1)
+    return padded[top : top + size, left : left + size]
+
+
+# ---- on the device: batches, traceable ----
+
+
+def normalize(
+    images: UInt8[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B H W C"]:
+    """Scales pixels to [0, 1] and standardises them by channel.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.data.augment import normalize
+        >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.5,)).item()
+        1.0
+    """
+    return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+
+
+def smooth_labels(
+    labels: Int[Array, " B"], num_classes: int, smoothing: float
+) -> Float[Array, "B classes"]:
+    """One-hot targets, with a share spread evenly over all classes (arXiv:1512.00567).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.data.augment import smooth_labels
+        >>> smooth_labels(jnp.array([1]), 2, 0.5).tolist()
+        [[0.25, 0.75]]
+    """
+    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def mixup(
+    key: Array, images: Float[Array, "B H W C"], targets: Float[Array, "B classes"], alpha: float
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B classes"]]:
+    """Blends every image with another one, the share drawn from Beta(alpha, alpha).
+
+    The partner of image b is image B - 1 - b, the share is one for the batch (arXiv:1710.09412).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gaudi_jax.data.augment import mixup
+        >>> images, targets = mixup(jax.random.key(0), jnp.ones((2, 4, 4, 1)), jnp.eye(2), 0.8)
+        >>> bool(jnp.allclose(targets.sum(axis=1), 1))
+        True
+    """
+    share = jax.random.beta(key, alpha, alpha)
+    blend = [share * array + (1 - share) * array[::-1] for array in (images, targets)]
+    return blend[0], blend[1]
+
+
+def cutmix(
+    key: Array, images: Float[Array, "B H W C"], targets: Float[Array, "B classes"], alpha: float
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B classes"]]:
+    """Pastes a box of another image; targets are mixed by the pixels (arXiv:1905.04899).
+
+    The box has the area ``(1 - share) H W`` with the share drawn from Beta(alpha, alpha), and a
+    uniform centre; what lies outside the image is cut off.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gaudi_jax.data.augment import cutmix
+        >>> images, targets = cutmix(jax.random.key(0), jnp.ones((2, 4, 4, 1)), jnp.eye(2), 1.0)
+        >>> images.shape
+        (2, 4, 4, 1)
+    """
+    share_key, row_key, column_key = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
+
+    def inside(key: Array, size: int) -> Array:
+        centre = jax.random.randint(key, (), 0, size)
+        half = jnp.floor(side * size).astype(jnp.int32) // 2
+        places = jnp.arange(size)
+        return (places >= centre - half) & (places < centre + half)
+
+    _, height, width, _ = images.shape
+    box = inside(row_key, height)[:, None] & inside(column_key, width)
+    kept = 1 - box.mean()
+    images = jnp.where(box[None, :, :, None], images[::-1], images)
+    return images, kept * targets + (1 - kept) * targets[::-1]
+
+
+def mix(
+    key: Array,
+    images: Float[Array, "B H W C"],
+    targets: Float[Array, "B classes"],
+    *,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B classes"]]:
+    """Mixup or cutmix, one of the two by a fair coin for each batch; alpha 0 turns one off.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gaudi_jax.data.augment import mix
+        >>> images = jnp.ones((2, 4, 4, 1))
+        >>> mixed, _ = mix(
+        ...     jax.random.key(0), images, jnp.eye(2), mixup_alpha=0.0, cutmix_alpha=0.0)
+        >>> mixed is images
+        True
+    """
+    choice_key, key = jax.random.split(key)
+    if mixup_alpha and cutmix_alpha:
+        return jax.lax.cond(
+            jax.random.bernoulli(choice_key),
+            lambda: mixup(key, images, targets, mixup_alpha),
+            lambda: cutmix(key, images, targets, cutmix_alpha),
+        )
+    if mixup_alpha:
+        return mixup(key, images, targets, mixup_alpha)
+    if cutmix_alpha:
+        return cutmix(key, images, targets, cutmix_alpha)
+    return images, targets

@@ -1,0 +1,143 @@
+"""Grain pipelines from a source of images to batches, resumable in the middle of an epoch."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import grain
+import numpy as np
+
+from gaudi_jax.data.augment import random_crop, resize_and_crop
+from gaudi_jax.data.images import Example, ImageSource
+from gaudi_jax.errors import UserError
+
+#: Small images are made faster than threads hand them over; workers are there for large ones.
+_READ_OPTIONS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+def train_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    image_size: int,
+    seed: int,
+    crop_padding: int = 0,
+    flip: bool = False,
+    workers: int = 0,
+) -> grain.DatasetIterator:
+    """An endless iterator over batches, reshuffled and augmented anew in every epoch.
+
+    Its ``get_state()`` and ``set_state()`` resume it exactly.
+
+    Args:
+        source: training images.
+        batch_size: images a batch; the rest of an epoch is carried into the next one.
+        image_size: height and width of the batches' images.
+        seed: of order and augmentation.
+        crop_padding: zeros around the image before the random crop, in pixels.
+        flip: mirror half of the images.
+        workers: processes that read and augment; 0 does it in this one.
+
+    Returns:
+        An iterator over ``{"image": uint8 (B, size, size, C), "label": int32 (B,)}``.
+
+    Raises:
+        UserError: there are fewer images than a batch needs, or an option is out of range.
+
+    Example:
+        >>> from gaudi_jax.data.images import load_images
+        >>> from gaudi_jax.data.pipeline import train_batches
+        >>> digits = load_images("digits").train
+        >>> next(train_batches(digits, batch_size=4, image_size=8, seed=0))["image"].shape
+        (4, 8, 8, 1)
+    """
+    if not 1 <= batch_size <= len(source):
+        raise UserError(
+            f"data.batch_size={batch_size} must lie in [1, {len(source)}], the number of training "
+            "images"
+        )
+    if crop_padding < 0 or workers < 0 or image_size < 1:
+        raise UserError(
+            f"data.{crop_padding=}, data.{workers=} and data.{image_size=} must not be negative"
+        )
+    augment = partial(_augment, size=image_size, padding=crop_padding, flip=flip)
+    dataset = (
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(augment)
+        .batch(batch_size, drop_remainder=True)
+        .to_iter_dataset(_READ_OPTIONS)
+    )
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(dataset)
+
+
+def evaluation_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    image_size: int,
+    crop_fraction: float = 1.0,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of every image once, in order; the last one is padded.
+
+    Args:
+        source: images.
+        batch_size: images a batch.
+        image_size: height and width of the batches' images.
+        crop_fraction: share of the resized image that the central crop keeps, in (0, 1].
+        workers: processes that read the images; 0 does it in this one.
+
+    Returns:
+        Batches as in training, with "weight", float32 (B,): 1 for images, 0 for padding.
+
+    Raises:
+        UserError: crop_fraction is out of range.
+
+    Example:
+        >>> from gaudi_jax.data.images import load_images
+        >>> from gaudi_jax.data.pipeline import evaluation_batches
+        >>> batches = list(evaluation_batches(
+        ...     load_images("digits").test, batch_size=64, image_size=8))
+        >>> len(batches), int(batches[-1]["weight"].sum())
+        (8, 52)
+    """
+    if not 0 < crop_fraction <= 1:
+        raise UserError(f"data.crop_fraction={crop_fraction} is outside (0, 1]")
+    prepare = partial(_prepare, size=image_size, crop_fraction=crop_fraction)
+    dataset = (
+        grain.MapDataset.source(source)
+        .map(prepare)
+        .batch(batch_size, drop_remainder=False)
+        .to_iter_dataset(_READ_OPTIONS)
+    )
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    for batch in dataset:
+        missing = batch_size - len(batch["label"])
+        batch["weight"] = np.ones(len(batch["label"]), np.float32)
+        yield {
+            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+            for name, array in batch.items()
+        }
+
+
+def _augment(
+    example: Example, rng: np.random.Generator, *, size: int, padding: int, flip: bool
+) -> Example:
+    image = example["image"]
+    if min(image.shape[:2]) != size:
+        image = resize_and_crop(image, size)
+    if padding or image.shape[:2] != (size, size):
+        image = random_crop(image, size, padding, rng)
+    if flip and rng.random() < 0.5:
+        image = image[:, ::-1]
+    return {"image": image, "label": np.int32(example["label"])}
+
+
+def _prepare(example: Example, *, size: int, crop_fraction: float) -> Example:
+    image = resize_and_crop(example["image"], size, crop_fraction)
+    return {"image": image, "label": np.int32(example["label"])}

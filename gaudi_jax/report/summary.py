@@ -1,0 +1,92 @@
+"""The report of a run: summary, table and pictures in its workdir."""
+
+import importlib.metadata
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from gaudi_jax.cost import cost
+from gaudi_jax.data.images import load_images
+from gaudi_jax.report.plots import plot_curves, plot_masks
+from gaudi_jax.report.tables import summary_table
+from gaudi_jax.training.checkpoint import read_config
+from gaudi_jax.training.evaluate import evaluate_model
+from gaudi_jax.training.load import load
+from gaudi_jax.training.metrics import read_metrics
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def write_report(workdir: str | Path) -> dict[str, Any]:
+    """Evaluates the newest model of a run on the test split and writes its report.
+
+    Writes ``summary.json``, the same as a table in ``summary.txt``, ``masks.png`` (for models with
+    Gaudi layers) and ``curves.png``.
+
+    Args:
+        workdir: directory of the run.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        UserError: the workdir holds no run or no checkpoint, or its data are gone.
+
+    Example:
+        >>> from gaudi_jax.report import write_report
+        >>> summary = write_report("runs/digits")  # doctest: +SKIP
+    """
+    workdir = Path(workdir)
+    config = ConfigDict(read_config(workdir))
+    rows = read_metrics(workdir)
+    model = load(workdir)
+    data = config.data
+    splits = load_images(
+        data.name,
+        validation_fraction=data.validation_fraction,
+        skip_unreadable=data.skip_unreadable,
+        verify=False,
+    )
+    soft = evaluate_model(model, config, splits, "test")
+    hard = evaluate_model(model, config, splits, "test", sigma=math.inf)
+    validation = evaluate_model(model, config, splits, "validation")
+    image = (1, data.image_size, data.image_size, config.model.channels)
+    costs = cost(model, jax.ShapeDtypeStruct(image, jnp.float32))
+    summary = {
+        "data": data.name,
+        "seed": config.seed,
+        "steps": max((row["step"] for row in rows if "step" in row), default=0),
+        "test_accuracy_soft": soft["accuracy"],
+        "test_accuracy_hard": hard["accuracy"],
+        "test_loss_soft": soft["loss"],
+        "test_loss_hard": hard["loss"],
+        "validation_accuracy": validation["accuracy"],
+        "validation_loss": validation["loss"],
+        "relative_multiplications": costs.relative,
+        "total_relative_multiplications": costs.total_relative,
+        "multiplications": costs.multiplications,
+        "dense_multiplications": costs.dense_multiplications,
+        "parameters": costs.parameters,
+        "bytes": costs.bytes,
+        "layers": [_layer(layer) for layer in costs.to_dict()["layers"]],
+        "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}",
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    (workdir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    (workdir / "summary.txt").write_text(summary_table(summary) + "\n", encoding="utf-8")
+    plot_curves(rows, workdir / "curves.png")
+    plot_masks(model, workdir / "masks.png")
+    return summary
+
+
+def _layer(layer: dict[str, Any]) -> dict[str, Any]:
+    shape = layer.pop("shape")
+    return layer | {"in_features": shape[0], "out_features": shape[1]}

@@ -1,0 +1,112 @@
+"""The readable text of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """Writes the summary of a run as text: what was run, its results, and the cost of each layer.
+
+    Args:
+        summary: the content of a run's `summary.json`. Keys that are missing or None are left out
+            of the text. Accuracies and relative costs are fractions, `seconds` is the time of the
+            run, `versions` maps packages to versions, and `layers` is a list of mappings with
+            "path", "kind", "in_features", "out_features", "multiplications" and "relative", and
+            "applications" if a layer is applied more than once.
+
+    Returns:
+        The text, without a newline at its end; empty for an empty summary.
+
+    Example:
+        >>> from gaudi_jax.report.tables import summary_table
+        >>> print(summary_table({
+        ...     "data": "digits", "seed": 0, "test_accuracy_hard": 0.975, "layers": [
+        ...         {"path": "head", "kind": "Linear", "in_features": 64, "out_features": 10,
+        ...          "multiplications": 640, "relative": 1.0}]}))
+        Data                       digits
+        Seed                       0
+        Test accuracy, hard masks  97.50 %
+        <BLANKLINE>
+        Layer    Kind    In → out      Multiplications    Relative
+        -------  ------  ----------  -----------------  ----------
+        head     Linear  64 → 10                   640     100.0 %
+    """
+    header = [(label, text) for label, text in _header(summary) if text]
+    parts = [
+        tabulate(header, tablefmt="plain", disable_numparse=True),
+        _layer_table(summary.get("layers") or []),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    get = summary.get
+    versions = get("versions") or {}
+    return [
+        ("Config", _text(get("config_name"))),
+        ("Data", _text(get("data"))),
+        ("Seed", _text(get("seed"))),
+        ("Steps", _count(get("steps"))),
+        ("Time", _duration(get("seconds"))),
+        ("Device", _text(get("device"))),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Test accuracy, soft masks", _percent(get("test_accuracy_soft"), 2)),
+        ("Test accuracy, hard masks", _percent(get("test_accuracy_hard"), 2)),
+        ("Validation accuracy", _percent(get("validation_accuracy"), 2)),
+        ("Multiplications", _count(get("multiplications"))),
+        ("Multiplications if dense", _count(get("dense_multiplications"))),
+        ("Relative multiplications", _percent(get("relative_multiplications"), 1)),
+        ("Parameters", _count(get("parameters"))),
+    ]
+
+
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    if not layers:
+        return ""
+    columns = {
+        "Layer": [_text(layer.get("path")) for layer in layers],
+        "Kind": [_text(layer.get("kind")) for layer in layers],
+        "In → out": [
+            f"{layer.get('in_features')} → {layer.get('out_features')}" for layer in layers
+        ],
+        "Applied": [_count(layer.get("applications")) for layer in layers],
+        "Multiplications": [_count(layer.get("multiplications")) for layer in layers],
+        "Relative": [_percent(layer.get("relative"), 1) for layer in layers],
+    }
+    if set(columns["Applied"]) <= {"", "1"}:
+        del columns["Applied"]
+    left = {"Layer", "Kind", "In → out"}
+    return tabulate(
+        columns,
+        headers="keys",
+        colalign=["left" if name in left else "right" for name in columns],
+        disable_numparse=True,
+    )
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{round(value):,}"
+
+
+def _percent(fraction: float | None, digits: int) -> str:
+    return "" if fraction is None else f"{100 * fraction:.{digits}f} %"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
