@@ -1,7 +1,18 @@
 """Linear layers that learn their own block-low-rank structure, in JAX and Flax NNX."""
 
 from gaudi_jax import masks, models
+from gaudi_jax.cost import cost
 from gaudi_jax.layers import GaudiLinear, LowRankLinear, Structural
+from gaudi_jax.training.load import load
 from gaudi_jax.training.optim import gaudi_adamw
 
-__all__ = ["GaudiLinear", "LowRankLinear", "Structural", "gaudi_adamw", "masks", "models"]
+__all__ = [
+    "GaudiLinear",
+    "LowRankLinear",
+    "Structural",
+    "cost",
+    "gaudi_adamw",
+    "load",
+    "masks",
+    "models",
+]

@@ -1,16 +1,18 @@
 """Labelled images as random-access sources: embedded, generated, in folders, or from TFDS."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
 from gaudi_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Example = dict[str, Any]
 FORMS = "digits, folder:PATH, tfds:NAME, generated:CLASSESxSIZExCHANNELS"
@@ -235,7 +237,7 @@ def _folder(root: Path, fraction: float, skip_unreadable: bool, verify: bool) ->
     if (root / "test").is_dir():
         test: ImageSource = read_split("test")
     else:
-        logging.warning("%s has no folder test: the validation images serve as test images", root)
+        log.warning("%s has no folder test: the validation images serve as test images", root)
         test = validation
     return ImageSplits(train, validation, test, class_names)
 
@@ -269,7 +271,7 @@ def _verify(source: FileSource, skip_unreadable: bool) -> FileSource:
             readable.append(index)
     skipped = len(source) - len(readable)
     if skipped:
-        logging.warning("%d of %d images cannot be read: skipped", skipped, len(source))
+        log.warning("%d of %d images cannot be read: skipped", skipped, len(source))
     if not readable:
         raise UserError(f"none of the {len(source)} images can be read")
     return FileSource([source.paths[i] for i in readable], [source.labels[i] for i in readable])
@@ -310,6 +312,6 @@ def _tfds(name: str, fraction: float) -> ImageSplits:
     if "test" in sources and "label" in sources["test"][0] and sources["test"][0]["label"] >= 0:
         test = whole("test")
     else:
-        logging.warning("tfds:%s has no labelled test split: the validation split serves", name)
+        log.warning("tfds:%s has no labelled test split: the validation split serves", name)
         test = validation
     return ImageSplits(train, validation, test, tuple(info.features["label"].names))

@@ -76,8 +76,9 @@ def _low_rank(rank: int | None = None, budget: float | None = None) -> LinearFac
         raise UserError(f"budget={budget} must be positive; give a fraction of in·out")
 
     def build(in_features: int, out_features: int, **kwargs: Any) -> LowRankLinear:
-        if budget is None:
+        if rank is not None:
             return LowRankLinear(in_features, out_features, rank=rank, **kwargs)
+        assert budget is not None  # one of the two is given, see above
         affordable = int(budget * in_features * out_features / (in_features + out_features))
         if affordable < 1:
             raise UserError(

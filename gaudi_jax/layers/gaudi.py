@@ -117,7 +117,9 @@ class GaudiLinear(StructuredLinear):
             raise UserError(f"sigma={sigma} must be positive; use sigma=inf for exact boxcars")
         if backward_smoothing < 0:
             raise UserError(f"backward_smoothing={backward_smoothing} must not be negative; use 0")
-        pair = (granularity, granularity) if isinstance(granularity, int) else tuple(granularity)
+        pair = (
+            (granularity,) * 2 if isinstance(granularity, int) else (granularity[0], granularity[1])
+        )
         for size, cell in zip((in_features, out_features), pair, strict=True):
             num_cells(size, cell)
         self.in_features = in_features

@@ -15,10 +15,10 @@ from gaudi_jax.cost import cost
 from gaudi_jax.data.images import load_images
 from gaudi_jax.report.plots import plot_curves, plot_masks
 from gaudi_jax.report.tables import summary_table
-from gaudi_jax.training.checkpoint import read_config
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.load import load
 from gaudi_jax.training.metrics import read_metrics
+from gaudi_jax.training.workdir import read_config
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -82,7 +82,10 @@ def write_report(workdir: str | Path) -> dict[str, Any]:
     text = json.dumps(summary, indent=2, allow_nan=False)
     (workdir / "summary.json").write_text(text + "\n", encoding="utf-8")
     (workdir / "summary.txt").write_text(summary_table(summary) + "\n", encoding="utf-8")
-    plot_curves(rows, workdir / "curves.png")
+    if config.controller.name == "budget":
+        plot_curves(rows, workdir / "curves.png", target_of="relative_multiplications")
+    else:
+        plot_curves(rows, workdir / "curves.png", target_of="mean_width")
     plot_masks(model, workdir / "masks.png")
     return summary
 

@@ -45,7 +45,7 @@ Shrink = Callable[[list[Array], list[LayerSize], Array], list[Array]]
 class ControllerState(NamedTuple):
     """Steps made so far."""
 
-    count: Array
+    step: Array
 
 
 def threshold_controller(
@@ -162,26 +162,8 @@ def mean_active_width(widths: list[Float[Array, "2 B"]]) -> Float[Array, ""]:
         >>> mean_active_width([jnp.array([[0.5, 1.0], [0.5, 0.0]])])
         Array(0.25, dtype=float32)
     """
-    total = sum(jnp.where((w > 0).all(axis=0), w, 0.0).sum() for w in widths)
-    return total / sum(w.size for w in widths)
-
-
-def relative_multiplications(
-    widths: list[Float[Array, "2 B"]], sizes: list[LayerSize]
-) -> Float[Array, ""]:
-    """Multiplications of all structured layers over their dense ones, on rounded widths.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from gaudi_jax.training.controllers import LayerSize, relative_multiplications
-        >>> relative_multiplications([jnp.ones((2, 1))], [LayerSize(1, (8, 8), (1, 1))])
-        Array(0.25, dtype=float32)
-    """
-    counts = [
-        _layer_multiplications(w[None], _size_arrays([size]))[0]
-        for w, size in zip(widths, sizes, strict=True)
-    ]
-    return sum(counts) / sum(size.features[0] * size.features[1] for size in sizes)
+    totals = [jnp.where((w > 0).all(axis=0), w, 0.0).sum() for w in widths]
+    return jnp.stack(totals).sum() / sum(w.size for w in widths)
 
 
 def _size_arrays(sizes: list[LayerSize]) -> dict[str, Array]:
@@ -303,12 +285,12 @@ def _constrain_widths(shrink: Shrink, layers: LayerSizes) -> optax.GradientTrans
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         old = [leaf for _, leaf in paths]
         if not old:
-            return updates, ControllerState(optax.safe_increment(state.count))
+            return updates, ControllerState(optax.safe_increment(state.step))
         sizes = [layers[names(path)[:-1]] for path, _ in paths]
-        moved = [p + u for p, u in zip(old, treedef.flatten_up_to(updates), strict=True)]
-        new = [jnp.clip(w, 0.0, 1.0) for w in shrink(moved, sizes, state.count)]
-        updates = treedef.unflatten([w - p for w, p in zip(new, old, strict=True)])
-        return updates, ControllerState(optax.safe_increment(state.count))
+        moved = [p + u for p, u in zip(old, jax.tree.leaves(updates), strict=True)]
+        new = [jnp.clip(w, 0.0, 1.0) for w in shrink(moved, sizes, state.step)]
+        updates = jax.tree.unflatten(treedef, [w - p for w, p in zip(new, old, strict=True)])
+        return updates, ControllerState(optax.safe_increment(state.step))
 
     return optax.GradientTransformation(init, update)
 

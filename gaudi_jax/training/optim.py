@@ -125,7 +125,7 @@ def layer_sizes(model: nnx.Module) -> LayerSizes:
 class LayerMomentState(NamedTuple):
     """Steps made, and the running mean of the squared gradient of each array."""
 
-    count: jax.Array
+    step: jax.Array
     moment: Any
 
 
@@ -149,13 +149,13 @@ def scale_by_layer_moment(decay: float = 0.999, eps: float = 1e-8) -> optax.Grad
         return LayerMomentState(jnp.zeros([], jnp.int32), moment)
 
     def update(updates, state, params=None):
-        count = optax.safe_increment(state.count)
+        step = optax.safe_increment(state.step)
         moment = jax.tree.map(
             lambda g, m: decay * m + (1 - decay) * jnp.mean(jnp.square(g)), updates, state.moment
         )
-        correction = 1 - decay**count
+        correction = 1 - decay**step
         updates = jax.tree.map(lambda g, m: g / (jnp.sqrt(m / correction) + eps), updates, moment)
-        return updates, LayerMomentState(count, moment)
+        return updates, LayerMomentState(step, moment)
 
     return optax.GradientTransformation(init, update)
 

@@ -1,6 +1,7 @@
 """Schedules: pure functions from the step to a value, used in the step and for logging."""
 
-import jax.numpy as jnp
+import math
+
 import optax
 
 from gaudi_jax.errors import UserError
@@ -36,7 +37,7 @@ def annealed_sigma(start: float, end: float, *, first_step: int, last_step: int)
     """
     if not (start > 0 and end > 0):
         raise UserError(f"sigma from {start} to {end} must be positive")
-    if jnp.isinf(start) or jnp.isinf(end):
+    if math.isinf(start) or math.isinf(end):
         if start != end:
             raise UserError(f"sigma cannot rise from {start} to {end}; make both infinite")
         return optax.constant_schedule(start)

@@ -1,0 +1,172 @@
+"""What every image config shares: the sections, their defaults, and the argument string."""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gaudi_jax.errors import UserError
+
+Argument = Any  # str, float, int or bool
+
+
+def parse_arguments(text: str | None, defaults: dict[str, Argument]) -> dict[str, Argument]:
+    """Parses ``layer=dense,smoke``: comma-separated key=value, where a bare word means True.
+
+    Args:
+        text: what follows the colon in ``--config=FILE:text``.
+        defaults: the known arguments with their defaults, whose types the values take.
+
+    Returns:
+        The defaults, updated by the text.
+
+    Raises:
+        UserError: an argument is unknown, or its value is missing or of another type.
+    """
+    arguments = dict(defaults)
+    for word in filter(None, (text or "").split(",")):
+        key, has_value, value = word.partition("=")
+        if key not in defaults:
+            raise UserError(
+                f"unknown config argument {key!r}; the arguments are {', '.join(defaults)}"
+            )
+        kind = type(defaults[key])
+        if bool(has_value) == (kind is bool):
+            form = key if kind is bool else f"{key}=VALUE"
+            raise UserError(f"config argument {word!r} must be written {form}")
+        try:
+            arguments[key] = True if kind is bool else kind(value)
+        except ValueError:
+            raise UserError(
+                f"config argument {word!r} needs a value like {defaults[key]!r}"
+            ) from None
+    return arguments
+
+
+def base_config() -> ConfigDict:
+    """Every section with its default; configs change what differs."""
+    config = ConfigDict()
+    config.seed = 0
+    config.init_from = ""  # workdir of a run whose parameters this one starts from
+    config.evaluate_only = False
+
+    config.data = ConfigDict(
+        {
+            "name": "digits",  # digits, folder:PATH, tfds:NAME, generated:CLASSESxSIZExCHANNELS
+            "image_size": 8,
+            "batch_size": 64,
+            "validation_fraction": 0.1,  # held out of training where the data have no such split
+            "skip_unreadable": False,
+            "verify": False,  # read every image before training
+            "workers": 0,  # processes that decode and augment
+            "mean": (0.5,),  # of pixels in [0, 1]; one number for all channels, or one each
+            "std": (0.5,),
+            "crop_padding": 0,  # pixels of zeros around the image before a random crop
+            "crop_fraction": 1.0,  # evaluation: share of the resized image that the crop keeps
+            "flip": False,
+            "label_smoothing": 0.0,
+            "mixup": 0.0,
+            "cutmix": 0.0,
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "name": "vit",
+            "preset": "",  # such as B/16; sets patch_size, width, depth and heads
+            "pool": "class",
+            "position_scale": 0.02,
+            "mlp_ratio": 4.0,
+            "dropout": 0.0,
+            "drop_path": 0.0,
+            "dtype": "float32",
+        }
+    )
+    config.layer = ConfigDict({"attention": {"name": "dense"}, "mlp": {"name": "dense"}})
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "structural_learning_rate": 1e-3,
+            "location_learning_rate": 1e-3,
+            "warmup": 0.05,  # fraction of train.steps
+            "start_factor": 0.0,  # learning rates before the warm-up, over their peaks
+            "end_factor": 0.0,  # and at the end
+            "weight_decay": 0.05,
+            "b1": 0.9,
+            "b2": 0.999,
+            "clip_norm": 0.0,  # 0 for none
+            "layer_moment": False,
+        }
+    )
+    config.controller = ConfigDict(
+        {
+            "name": "none",  # none, threshold, mean or budget
+            "target": 1.0,  # mean width (threshold, mean), fraction of dense (budget)
+            "strength": 0.04,  # threshold only
+            "begin": 0.05,  # fractions of train.steps: threshold starts, budget falls from
+            "end": 0.5,  # budget: reached here
+            "price_by_axis": True,  # budget only
+            "floor": 0.0,  # budget only: least share of its dense cost that a layer keeps
+        }
+    )
+    config.sigma = ConfigDict({"start": math.inf, "end": math.inf, "begin": 0.0, "finish": 1.0})
+    config.train = ConfigDict({"steps": 1000, "log_every": 20, "eval_every": 100})
+    config.checkpoint = ConfigDict({"every": 200, "keep": 2})
+    return config
+
+
+#: Arguments that every image config takes.
+LAYER_ARGUMENTS: dict[str, Argument] = {
+    "layer": "gaudi",  # gaudi, low_rank or dense
+    "recipe": "budget",  # of gaudi: budget (ours) or paper
+    "budget": 0.3,  # multiplications over dense (gaudi with recipe=budget, and low_rank)
+    "smoke": False,
+}
+
+
+def use_layer(
+    config: ConfigDict, args: dict[str, Argument], *, paper_target: float, paper_strength: float
+) -> None:
+    """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
+
+    The budget recipe: hard masks from the first step with a smoothed derivative, and a budget of
+    multiplications that falls along a cubic. The paper's: sigma from 1 to 100, and a constant
+    threshold while the mean width exceeds its target.
+
+    Raises:
+        UserError: the recipe is unknown.
+    """
+    layer: dict = {"name": args["layer"]}
+    if args["layer"] == "low_rank":
+        layer["budget"] = args["budget"]
+    elif args["layer"] == "gaudi" and args["recipe"] == "paper":
+        config.sigma.update(start=1.0, end=100.0, begin=5 / 300)
+        config.controller.update(
+            name="threshold", target=paper_target, strength=paper_strength, begin=10 / 300
+        )
+        layer["sigma"] = 1.0
+    elif args["layer"] == "gaudi" and args["recipe"] == "budget":
+        # 2 cells of smoothing suit a grid of single features (docs/results.md).
+        layer["backward_smoothing"] = 2.0
+        config.optimizer.layer_moment = True
+        config.controller.update(name="budget", target=args["budget"], floor=args["budget"] / 3)
+    elif args["layer"] == "gaudi":
+        raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
+    with config.unlocked():
+        config.layer.attention = ConfigDict(layer)
+        config.layer.mlp = ConfigDict(layer)
+
+
+def use_smoke_data(config: ConfigDict, image_size: int) -> None:
+    """Shrinks a config to a minute on generated images, to see that everything works."""
+    config.data.update(
+        name=f"generated:10x{image_size}x3",
+        image_size=image_size,
+        batch_size=16,
+        workers=0,
+        crop_padding=min(config.data.crop_padding, image_size // 8),
+    )
+    config.model.preset = ""
+    with config.unlocked():
+        config.model.update(patch_size=image_size // 4, width=64, depth=2, heads=4)
+    config.train.update(steps=60, log_every=5, eval_every=20)
+    config.checkpoint.every = 20

@@ -1,0 +1,249 @@
+"""Checkpoints of a run: the whole training state, verified when it is read back."""
+
+import logging
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from gaudi_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Leaves = dict[str, Any]
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back.
+
+    Attributes:
+        step: steps made when it was saved.
+        state: the parts that were asked for, in their structure.
+    """
+
+    step: int
+    state: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores training states in a directory, one folder a step (orbax).
+
+    Saves are asynchronous and atomic: a killed save leaves nothing that counts. Every array carries
+    a checksum, so that a damaged checkpoint is recognised. A context manager: leaving it waits for
+    pending saves.
+
+    Args:
+        directory: where the checkpoints lie.
+        keep: how many of the last ones are kept, beside the best one; at least 1.
+        read_only: never write or delete; the directory may be missing.
+
+    Raises:
+        UserError: keep is not positive.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp
+        >>> from gaudi_jax.training.checkpoint import Checkpointer
+        >>> state = {"params": {"kernel": jnp.ones(3)}}
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, keep=1) as saver:
+        ...     saver.save(10, state)
+        ...     saver.wait()
+        ...     saver.restore(jax.eval_shape(lambda: state)).step
+        10
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 1, read_only: bool = False):
+        if keep < 1:
+            raise UserError(f"checkpoint.keep={keep} must be at least 1")
+        self._directory = Path(directory).absolute()
+        self._read_only = read_only
+        self._manager: ocp.CheckpointManager | None = None
+        if read_only and not self._directory.is_dir():
+            return
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics["score"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
+        return [] if self._manager is None else sorted(self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Waits until pending saves are on disk."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        iterator: grain.DatasetIterator | None = None,
+        *,
+        score: float | None = None,
+    ) -> None:
+        """Saves a state in the background.
+
+        Args:
+            step: steps made so far.
+            state: parts of the state by name, each a pytree of arrays.
+            iterator: data iterator to resume with it.
+            score: what "best" compares, higher is better; None is never the best.
+        """
+        assert self._manager is not None
+        parts = {name: _leaves(part) for name, part in state.items()}
+        items: dict[str, Any] = {
+            name: ocp.args.StandardSave(leaves) for name, leaves in parts.items() if leaves
+        }
+        described = {
+            part: {name: _describe(leaf) for name, leaf in leaves.items()}
+            for part, leaves in parts.items()
+        }
+        items["leaves"] = ocp.args.JsonSave(described)
+        if iterator is not None:
+            items["iterator"] = ocp.args.JsonSave({"state": iterator.get_state()})
+        metrics = None if score is None else {"score": score}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(
+        self,
+        abstract_state: Mapping[str, Any],
+        iterator: grain.DatasetIterator | None = None,
+        *,
+        step: int | str | None = None,
+    ) -> Restored | None:
+        """Reads a checkpoint back.
+
+        Args:
+            abstract_state: the wanted parts by name, each a pytree of `jax.ShapeDtypeStruct`, whose
+                shardings, if any, the arrays get: what was saved on some devices may be restored
+                on others.
+            iterator: data iterator that is set to where it was.
+            step: which one; "best" for the one with the highest score; None for the newest that is
+                not damaged. A damaged one is named in a warning and passed over (and removed,
+                unless reading only).
+
+        Returns:
+            The step and the state, or None if there is no checkpoint at all.
+
+        Raises:
+            UserError: there is no such step, all are damaged, or they hold another structure.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        if step is not None:
+            chosen = self._best(steps) if step == "best" else step
+            if chosen not in steps:
+                there = ", ".join(map(str, steps))
+                raise UserError(f"{self._directory} has no checkpoint {step}; it has {there}")
+            steps = [int(chosen)]
+        for index, candidate in enumerate(reversed(steps)):
+            try:
+                restored = self._read(candidate, abstract_state, iterator)
+            except UserError:
+                raise
+            # Orbax and tensorstore raise many kinds of errors for missing or damaged files.
+            except Exception as error:
+                others = steps[: len(steps) - index - 1]
+                self._pass_over(candidate, others, error)
+            else:
+                return restored
+        raise UserError(
+            f"every checkpoint in {self._directory} is damaged ({', '.join(map(str, steps))}); "
+            "restore them from a copy, or start again with another --workdir"
+        )
+
+    def _read(self, step: int, abstract: Mapping[str, Any], iterator: Any) -> Restored:
+        described = self._restore_item(step, "leaves", ocp.args.JsonRestore())
+        state = {}
+        for part, tree in abstract.items():
+            wanted = _leaves(tree)
+            _check_structure(described[part], wanted, self._directory / str(step) / part)
+            leaves = {}
+            if wanted:
+                leaves = self._restore_item(step, part, ocp.args.StandardRestore(wanted))
+            for name, leaf in leaves.items():
+                if _describe(leaf)["crc32"] != described[part][name]["crc32"]:
+                    raise ValueError(f"checksum of {part}.{name} does not match")
+            ordered = [leaves[name] for name in wanted]
+            state[part] = jax.tree.unflatten(jax.tree.structure(tree), ordered)
+        if iterator is not None:
+            iterator.set_state(
+                self._restore_item(step, "iterator", ocp.args.JsonRestore())["state"]
+            )
+        return Restored(step, state)
+
+    def _restore_item(self, step: int, name: str, args: Any) -> Any:
+        assert self._manager is not None
+        return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+
+    def _pass_over(self, step: int, others: list[int], error: Exception) -> None:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else repr(error)
+        instead = f"using {others[-1]}" if others else "none is left"
+        log.warning("checkpoint %d is damaged (%s); %s", step, reason, instead)
+        if not self._read_only and others:
+            # Training goes on from before it, and will save this step again.
+            assert self._manager is not None
+            shutil.rmtree(self._directory / str(step))
+            self._manager.reload()
+
+    def _best(self, steps: list[int]) -> int:
+        assert self._manager is not None
+        scores = {}
+        for step in steps:
+            metrics = self._manager.metrics(step)
+            if metrics:
+                scores[step] = metrics["score"]
+        if not scores:
+            raise UserError(f"no checkpoint in {self._directory} has a score; ask for a step")
+        return max(scores, key=lambda step: (scores[step], step))
+
+
+def _leaves(tree: Any) -> Leaves:
+    """Arrays by readable paths."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    array = np.asarray(leaf)
+    crc = zlib.crc32(array.tobytes())
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": crc}
+
+
+def _check_structure(described: dict[str, Any], wanted: Leaves, path: Path) -> None:
+    shapes = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in wanted.items()}
+    saved = {name: (leaf["shape"], leaf["dtype"]) for name, leaf in described.items()}
+    differing = sorted(
+        name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name)
+    )
+    if differing:
+        raise UserError(
+            f"checkpoint {path} holds another model or optimizer: {len(differing)} arrays differ "
+            f"({', '.join(differing[:3])}); use the config that it was trained with"
+        )

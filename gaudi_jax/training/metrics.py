@@ -1,0 +1,174 @@
+"""Metrics of a run: rows on disk, TensorBoard curves, and a live line."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gaudi_jax.errors import UserError
+from gaudi_jax.training.workdir import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+#: Seconds between lines where the output is no terminal.
+PLAIN_INTERVAL = 10.0
+#: What the live line shows, by the names of metrics.
+SHOWN = {
+    "train_loss": "loss",
+    "train_accuracy": "accuracy",
+    "validation_accuracy": "validation",
+    "relative_multiplications": "cost",
+}
+
+Row = dict[str, Any]
+
+
+class MetricLog:
+    """Appends rows of numbers to ``metrics.jsonl`` and to TensorBoard event files.
+
+    A context manager. Rows are strict JSON: infinite and undefined numbers become the strings
+    "inf", "-inf" and "nan".
+
+    Args:
+        workdir: directory of the run.
+        resumed_from: step of the checkpoint that the run goes on from. Later rows and a
+            half-written last line are dropped, and a row ``{"resumed_from": step}`` is written.
+            None starts afresh.
+
+    Example:
+        >>> import tempfile
+        >>> from gaudi_jax.training.metrics import MetricLog, read_metrics
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with MetricLog(folder) as log:
+        ...         log.write({"step": 1, "train_loss": 0.5})
+        ...     read_metrics(folder)
+        [{'step': 1, 'train_loss': 0.5}]
+    """
+
+    def __init__(self, workdir: str | Path, resumed_from: int | None = None):
+        from tensorboardX import SummaryWriter  # slow to import
+
+        self._path = Path(workdir) / METRICS_FILE
+        kept: list[Row] = []
+        if resumed_from is not None:
+            kept = [row for row in read_metrics(workdir) if _place(row) <= resumed_from]
+            kept.append({"resumed_from": resumed_from})
+        write_atomically(self._path, "".join(map(_line, kept)))
+        self._file = self._path.open("a", encoding="utf-8")
+        purge_step = None if resumed_from is None else resumed_from + 1
+        self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step)
+
+    def __enter__(self) -> "MetricLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+        self._writer.close()
+
+    def write(self, row: Row) -> None:
+        """Writes a row; its numbers become TensorBoard scalars at its "step"."""
+        self._file.write(_line(row))
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and math.isfinite(value):
+                self._writer.add_scalar(name, value, row["step"])
+
+
+def read_metrics(workdir: str | Path) -> list[Row]:
+    """The rows of a run; a half-written last line is passed over.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    path = Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    # What follows the last newline is empty, or was being written when the run was killed.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+            rows.append({name: _number(value) for name, value in row.items()})
+        except (ValueError, AttributeError):
+            raise UserError(
+                f"{path}, line {number} is not a row of metrics; remove the line"
+            ) from None
+    return rows
+
+
+class Progress:
+    """The live line of a run: step, loss, accuracy, images a second, time left, relative cost.
+
+    A context manager. Where stderr is no terminal, whole lines at intervals.
+
+    Args:
+        steps: steps of the whole run.
+        first_step: steps made already.
+        items_per_step: images a step.
+    """
+
+    def __init__(self, steps: int, first_step: int, *, items_per_step: int):
+        self._items = items_per_step
+        self._terminal = sys.stderr.isatty()
+        self._shown: dict[str, float] = {}
+        self._last_line = time.monotonic()
+        self._bar = tqdm(
+            total=steps * items_per_step,
+            initial=first_step * items_per_step,
+            unit="image",
+            unit_scale=True,
+            disable=not self._terminal,
+            dynamic_ncols=True,
+        )
+        self._steps, self._first_step = steps, first_step
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def show(self, row: Mapping[str, float]) -> None:
+        """Takes the newest numbers."""
+        self._shown |= {SHOWN[name]: value for name, value in row.items() if name in SHOWN}
+
+    def advance(self, step: int) -> None:
+        """Says that a step has been made."""
+        self._bar.set_description(f"step {step}/{self._steps}", refresh=False)
+        self._bar.set_postfix({k: f"{v:.3f}" for k, v in self._shown.items()}, refresh=False)
+        self._bar.update(self._items)
+        now = time.monotonic()
+        due = now - self._last_line >= PLAIN_INTERVAL or step == self._steps
+        if not self._terminal and due:
+            self._last_line = now
+            print(self._plain_line(step, now), file=sys.stderr, flush=True)
+
+    def _plain_line(self, step: int, now: float) -> str:
+        speed = (step - self._first_step) / (now - self._started)
+        numbers = "".join(f", {name} {value:.3f}" for name, value in self._shown.items())
+        left = time.strftime("%H:%M:%S", time.gmtime((self._steps - step) / speed))
+        return (
+            f"step {step}/{self._steps}{numbers}, {speed * self._items:.0f} images/s, {left} left"
+        )
+
+
+def _place(row: Row) -> float:
+    return float(row.get("step", row.get("resumed_from", 0)))
+
+
+def _line(row: Row) -> str:
+    return json.dumps({name: _text(value) for name, value in row.items()}, allow_nan=False) + "\n"
+
+
+def _text(value: Any) -> Any:
+    return value if math.isfinite(value) else str(value)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("inf", "-inf", "nan") else value

@@ -1,0 +1,180 @@
+"""From a config to the objects of a run: model, schedules, optimizer."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from gaudi_jax.data.images import ImageSplits
+from gaudi_jax.errors import UserError
+from gaudi_jax.layers.factory import linear_factory
+from gaudi_jax.models import ViT, ViTConfig
+from gaudi_jax.training import controllers
+from gaudi_jax.training.optim import gaudi_adamw
+from gaudi_jax.training.schedules import annealed_sigma, falling_budget, warmup_cosine
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+CONTROLLERS = ("none", "threshold", "mean", "budget")
+
+
+class Schedules(NamedTuple):
+    """Functions from the step to a value.
+
+    Attributes:
+        learning_rate: of the content.
+        structural_learning_rate: of the widths.
+        location_learning_rate: of the locations.
+        sigma: of the masks; infinite for hard masks.
+        target: of the width controller (mean width, or fraction of the dense multiplications).
+    """
+
+    learning_rate: optax.Schedule
+    structural_learning_rate: optax.Schedule
+    location_learning_rate: optax.Schedule
+    sigma: optax.Schedule
+    target: optax.Schedule
+
+
+def resolve_config(config: ConfigDict, splits: ImageSplits) -> ConfigDict:
+    """A copy of the config in which the model's sizes that the data decide are filled in.
+
+    Args:
+        config: as a config file gives it.
+        splits: the images.
+
+    Returns:
+        The config with ``model.image_size``, ``model.channels`` and ``model.num_classes``.
+    """
+    resolved = config.copy_and_resolve_references()
+    image = splits.train[0]["image"]
+    with resolved.unlocked():
+        resolved.model.image_size = config.data.image_size
+        resolved.model.channels = image.shape[-1]
+        resolved.model.num_classes = splits.num_classes
+    return resolved
+
+
+def build_model(config: ConfigDict) -> ViT:
+    """The model of a resolved config, freshly initialised from ``config.seed``.
+
+    Raises:
+        UserError: the model, a layer or one of their options is unknown or out of range.
+    """
+    options = config.model.to_dict()
+    name = options.pop("name")
+    if name != "vit":
+        raise UserError(f"unknown model {name!r}; the models are vit")
+    dtype = options.pop("dtype")
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; use {' or '.join(DTYPES)}")
+    preset = options.pop("preset", None)
+    known = {field.name for field in dataclasses.fields(ViTConfig)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UserError(f"model 'vit' has no option {unknown[0]!r}; it has {', '.join(known)}")
+    options |= {
+        "attention_layer": linear_factory(config.layer.attention.to_dict()),
+        "mlp_layer": linear_factory(config.layer.mlp.to_dict()),
+        "dtype": DTYPES[dtype],
+    }
+    sizes = ViTConfig.preset(preset, **options) if preset else ViTConfig(**options)
+    return ViT(sizes, rngs=nnx.Rngs(config.seed))
+
+
+def build_schedules(config: ConfigDict) -> Schedules:
+    """The schedules of a config; their boundaries are fractions of ``config.train.steps``.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+    steps, optimizer = config.train.steps, config.optimizer
+    if steps < 1:
+        raise UserError(f"train.steps={steps} must be at least 1")
+
+    def cosine(peak: float) -> optax.Schedule:
+        return warmup_cosine(
+            peak,
+            warmup_steps=_step(optimizer.warmup, steps, "optimizer.warmup"),
+            total_steps=steps,
+            start=peak * optimizer.start_factor,
+            end=peak * optimizer.end_factor,
+        )
+
+    sigma, controller = config.sigma, config.controller
+    if controller.name not in CONTROLLERS:
+        raise UserError(
+            f"unknown controller {controller.name!r}; the controllers are {', '.join(CONTROLLERS)}"
+        )
+    target: optax.Schedule = optax.constant_schedule(controller.target)
+    if controller.name == "budget":
+        target = falling_budget(
+            controller.target,
+            first_step=_step(controller.begin, steps, "controller.begin"),
+            last_step=max(_step(controller.end, steps, "controller.end"), 1),
+        )
+    return Schedules(
+        learning_rate=cosine(optimizer.learning_rate),
+        structural_learning_rate=cosine(optimizer.structural_learning_rate),
+        location_learning_rate=cosine(optimizer.location_learning_rate),
+        sigma=annealed_sigma(
+            sigma.start,
+            sigma.end,
+            first_step=_step(sigma.begin, steps, "sigma.begin"),
+            last_step=_step(sigma.finish, steps, "sigma.finish"),
+        ),
+        target=target,
+    )
+
+
+def build_optimizer(
+    config: ConfigDict, model: nnx.Module, schedules: Schedules
+) -> optax.GradientTransformation:
+    """The optimizer of a config for this model.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+    optimizer = config.optimizer
+    return gaudi_adamw(
+        model,
+        learning_rate=schedules.learning_rate,
+        structural_learning_rate=schedules.structural_learning_rate,
+        location_learning_rate=schedules.location_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        clip_norm=optimizer.clip_norm or None,
+        layer_moment=optimizer.layer_moment,
+        controller=_build_controller(config, schedules),
+    )
+
+
+def _build_controller(config: ConfigDict, schedules: Schedules) -> controllers.Controller:
+    options: Any = config.controller
+    if options.name == "threshold":
+        return controllers.threshold_controller(
+            options.strength,
+            options.target,
+            structural_learning_rate=schedules.structural_learning_rate,
+            start_step=_step(options.begin, config.train.steps, "controller.begin"),
+        )
+    if options.name == "mean":
+        return controllers.mean_controller(options.target)
+    if options.name == "budget":
+        if options.floor >= options.target:
+            raise UserError(
+                f"controller.floor={options.floor} must be below controller.target={options.target}"
+            )
+        return controllers.budget_controller(
+            schedules.target, price_by_axis=options.price_by_axis, floor=options.floor
+        )
+    return controllers.clip_widths
+
+
+def _step(fraction: float, steps: int, name: str) -> int:
+    if not 0 <= fraction <= 1:
+        raise UserError(f"{name}={fraction} is outside [0, 1]; it is a fraction of train.steps")
+    return int(fraction * steps)

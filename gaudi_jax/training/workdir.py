@@ -1,0 +1,113 @@
+"""The directory of a run and its config."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gaudi_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+#: Keys that say what to do with a run, and not what it is.
+NOT_PART_OF_A_RUN = ("evaluate_only",)
+
+
+def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
+    """Makes a directory the workdir of a config, or checks that it is so already.
+
+    Args:
+        workdir: the directory; made if it is not there.
+        config: resolved config, nested dicts of plain values.
+
+    Raises:
+        UserError: the directory cannot be written, or holds the run of another config.
+
+    Example:
+        >>> import tempfile
+        >>> from gaudi_jax.training.workdir import claim_workdir, read_config
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     claim_workdir(folder, {"seed": 1, "sigma": {"end": float("inf")}})
+        ...     read_config(folder)
+        {'seed': 1, 'sigma': {'end': inf}}
+    """
+    workdir = Path(workdir)
+    own = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
+    if (workdir / CONFIG_FILE).exists():
+        _check_same(_flatten(read_config(workdir)), _flatten(_decode(_encode(own))), workdir)
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_encode(own), indent=2, sort_keys=True, allow_nan=False)
+        write_atomically(workdir / CONFIG_FILE, text + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the workdir {workdir} ({error.strerror}); choose another --workdir"
+        ) from error
+
+
+def read_config(workdir: str | Path) -> dict[str, Any]:
+    """The config of the run in a workdir.
+
+    Raises:
+        UserError: the workdir holds no run, or its config file is damaged.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        return _decode(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{workdir} holds no run ({CONFIG_FILE} is missing); train first") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no infinity: it becomes a string, as do the keys."""
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_decode(item) for item in value)
+    return float(value) if value in ("inf", "-inf") else value
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _check_same(saved: dict[str, Any], own: dict[str, Any], workdir: Path) -> None:
+    missing = object()
+    differing = sorted(
+        key for key in saved.keys() | own.keys() if saved.get(key, missing) != own.get(key, missing)
+    )
+    if differing:
+        details = ", ".join(
+            f"{key} is {saved.get(key)!r} there and {own.get(key)!r} here" for key in differing[:3]
+        )
+        raise UserError(
+            f"workdir {workdir} holds the run of another config ({details}); use another --workdir "
+            "or that run's config"
+        )
