@@ -1,9 +1,11 @@
 """Checkpoints of a run: the whole training state, verified when it is read back."""
 
+import dataclasses
 import logging
+import math
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from gaudi_jax.errors import UserError
 
@@ -63,22 +65,22 @@ class Checkpointer:
             raise UserError(f"checkpoint.keep={keep} must be at least 1")
         self._directory = Path(directory).absolute()
         self._read_only = read_only
+        # Orbax's own metrics would do, but a damaged metrics file stops it from opening at all.
+        self._scores: dict[int, float] = {}
         self._manager: ocp.CheckpointManager | None = None
         if read_only and not self._directory.is_dir():
             return
-        best = BestN(
-            get_metric_fn=lambda metrics: metrics["score"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(self._scores)]),
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
             ),
         )
+
+        for step in self.steps():
+            self._scores[step] = self._read_score(step)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -121,11 +123,11 @@ class Checkpointer:
             part: {name: _describe(leaf) for name, leaf in leaves.items()}
             for part, leaves in parts.items()
         }
-        items["leaves"] = ocp.args.JsonSave(described)
+        self._scores[step] = -math.inf if score is None else score
+        items["about"] = ocp.args.JsonSave({"score": score, "leaves": described})
         if iterator is not None:
             items["iterator"] = ocp.args.JsonSave({"state": iterator.get_state()})
-        metrics = None if score is None else {"score": score}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(
         self,
@@ -177,7 +179,7 @@ class Checkpointer:
         )
 
     def _read(self, step: int, abstract: Mapping[str, Any], iterator: Any) -> Restored:
-        described = self._restore_item(step, "leaves", ocp.args.JsonRestore())
+        described = self._restore_item(step, "about", ocp.args.JsonRestore())["leaves"]
         state = {}
         for part, tree in abstract.items():
             wanted = _leaves(tree)
@@ -196,6 +198,13 @@ class Checkpointer:
             )
         return Restored(step, state)
 
+    def _read_score(self, step: int) -> float:
+        try:
+            score = self._restore_item(step, "about", ocp.args.JsonRestore())["score"]
+        except Exception:  # damaged: `restore` will say so
+            return -math.inf
+        return -math.inf if score is None else score
+
     def _restore_item(self, step: int, name: str, args: Any) -> Any:
         assert self._manager is not None
         return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
@@ -211,15 +220,22 @@ class Checkpointer:
             self._manager.reload()
 
     def _best(self, steps: list[int]) -> int:
-        assert self._manager is not None
-        scores = {}
-        for step in steps:
-            metrics = self._manager.metrics(step)
-            if metrics:
-                scores[step] = metrics["score"]
-        if not scores:
+        scores = {step: self._scores[step] for step in steps}
+        if max(scores.values()) == -math.inf:
             raise UserError(f"no checkpoint in {self._directory} has a score; ask for a step")
         return max(scores, key=lambda step: (scores[step], step))
+
+
+@dataclasses.dataclass
+class _Best(PreservationPolicy):
+    """Keeps the checkpoint with the highest score, if any has one."""
+
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = max(steps, key=lambda step: self.scores.get(step, -math.inf), default=None)
+        return [step == best for step in steps]
 
 
 def _leaves(tree: Any) -> Leaves:

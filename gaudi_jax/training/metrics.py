@@ -159,7 +159,7 @@ class Progress:
 
 
 def _place(row: Row) -> float:
-    return float(row.get("step", row.get("resumed_from", 0)))
+    return row["step"] if "step" in row else row["resumed_from"]
 
 
 def _line(row: Row) -> str:
