@@ -13,43 +13,66 @@ import time
 
 import absl.logging
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.report import summary_table, write_report
 from gaudi_jax.training.loop import train
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/digits_vit_gaudi.py", "Config file, with arguments after a colon."
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; a fresh one under runs/ if it is not given."
-)
-
-
-def run(argv: list[str]) -> int:
-    """Runs the config; returns the exit status."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
-    absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
-    absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one says what it does
-    logging.getLogger("gaudi_jax").setLevel(logging.INFO)
-    config = _CONFIG.value
-    workdir = _WORKDIR.value or time.strftime("runs/%Y%m%d-%H%M%S")
-    if config.evaluate_only or train(config, workdir):
-        print(summary_table(write_report(workdir)))
-        print(f"\nsummary, masks and curves: {workdir}")
-    return 0
+DEFAULT_CONFIG = "configs/digits_vit_gaudi.py"
 
 
 def main(argv: list[str]) -> int:
     """Runs the config; a user's mistake is printed in one sentence, without a traceback."""
     try:
-        return run(argv)
+        config, workdir = parse_command_line(argv)
+        absl.logging.use_absl_handler()
+        absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+        absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one speaks up
+        logging.getLogger("gaudi_jax").setLevel(logging.INFO)
+        if config.evaluate_only or train(config, workdir):
+            print(summary_table(write_report(workdir)))
+            print(f"\nsummary, masks and curves: {workdir}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
+    """The config and the workdir that the command line asks for.
+
+    Raises:
+        UserError: an option, a config file, an argument or a key of it is not usable.
+    """
+    app.define_help_flags()
+    config = config_flags.DEFINE_config_file("config", None, "FILE, or FILE:arguments.")
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Directory of the run; a fresh one under runs/ if it is not given."
+    )
+    if not any(word == "--config" or word.startswith("--config=") for word in argv):
+        # Not the flag's own default: that would be read, with all overrides, beside another file.
+        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    try:
+        rest = flags.FLAGS(argv)
+        _ = config.value.seed  # a config file that cannot be loaded fails when it is used
+    except (flags.Error, AttributeError, OSError, UserError) as error:
+        raise UserError(_explain(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; options begin with --")
+    return config.value, workdir.value or time.strftime("runs/%Y%m%d-%H%M%S")
+
+
+def _explain(error: BaseException) -> str:
+    """One sentence for what absl and ml_collections say in many."""
+    if isinstance(error, AttributeError):
+        return "the config has no key: " + " ".join(str(error).replace("\\n", " ").split())
+    if isinstance(error, OSError):
+        return " ".join(str(error).split())
+    # Errors of a config file arrive as the text of a traceback, whose last line says it.
+    last_line = str(error).strip().splitlines()[-1].strip()
+    return last_line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main(sys.argv))

@@ -146,9 +146,9 @@ def use_layer(
         layer["sigma"] = 1.0
     elif args["layer"] == "gaudi" and args["recipe"] == "budget":
         # 2 cells of smoothing suit a grid of single features (docs/results.md).
-        layer["backward_smoothing"] = 2.0
+        layer.update(backward_smoothing=2.0, locations="spaced")
         config.optimizer.layer_moment = True
-        config.controller.update(name="budget", target=args["budget"], floor=args["budget"] / 3)
+        config.controller.update(name="budget", target=args["budget"], floor=0.6 * args["budget"])
     elif args["layer"] == "gaudi":
         raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
     with config.unlocked():
