@@ -26,6 +26,7 @@ from gaudi_jax.training.setup import (
     build_model,
     build_optimizer,
     build_schedules,
+    check_intervals,
     resolve_config,
 )
 from gaudi_jax.training.step import (
@@ -58,6 +59,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
         UserError: the config, the data or the workdir is not usable, or the loss is not finite.
     """
     # ---- data -----------------------------------------------------------------------------------
+    check_intervals(config)
     data = config.data
     splits = load_images(
         data.name,

@@ -57,6 +57,24 @@ def resolve_config(config: ConfigDict, splits: ImageSplits) -> ConfigDict:
     return resolved
 
 
+def check_intervals(config: ConfigDict) -> None:
+    """Checks the numbers that say how often something is done.
+
+    Raises:
+        UserError: one of them is not positive.
+    """
+    numbers = {
+        "train.steps": config.train.steps,
+        "train.log_every": config.train.log_every,
+        "train.eval_every": config.train.eval_every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+
+
 def build_model(config: ConfigDict) -> ViT:
     """The model of a resolved config, freshly initialised from ``config.seed``.
 
@@ -91,8 +109,6 @@ def build_schedules(config: ConfigDict) -> Schedules:
         UserError: a number is out of range.
     """
     steps, optimizer = config.train.steps, config.optimizer
-    if steps < 1:
-        raise UserError(f"train.steps={steps} must be at least 1")
 
     def cosine(peak: float) -> optax.Schedule:
         return warmup_cosine(

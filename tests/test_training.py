@@ -1,0 +1,412 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import gaudi_jax
+from configs import cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi
+from gaudi_jax.data.images import load_images
+from gaudi_jax.errors import UserError
+from gaudi_jax.report import write_report
+from gaudi_jax.training import loop
+from gaudi_jax.training.evaluate import evaluate_model
+from gaudi_jax.training.metrics import Progress, read_metrics
+from gaudi_jax.training.setup import resolve_config
+from gaudi_jax.training.step import split_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_config(arguments="smoke", steps=8):
+    config = digits_vit_gaudi.get_config(arguments)
+    config.model.update(width=16, depth=1, heads=2, mlp_ratio=2.0)
+    config.data.update(name="generated:4x8x1", batch_size=32, mixup=0.5, cutmix=0.5)
+    config.train.update(steps=steps, log_every=2, eval_every=4)
+    config.checkpoint.update(every=2, keep=2)
+    return config
+
+
+def parameters(workdir, step=None):
+    return split_model(gaudi_jax.load(workdir, step))[1]
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def rows_without_time(workdir):
+    return [
+        {name: value for name, value in row.items() if name != "examples_per_second"}
+        for row in read_metrics(workdir)
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    assert loop.train(tiny_config(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_a_readable_report(finished):
+    summary = write_report(finished)
+    assert summary == json.loads((finished / "summary.json").read_text())
+    for name in ("masks.png", "curves.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    assert "blocks/0/mlp/fc1" in (finished / "summary.txt").read_text()
+    assert summary["steps"] == 8
+    assert summary["test_accuracy_soft"] == summary["test_accuracy_hard"]  # hard from the start
+    gaudi = [layer for layer in summary["layers"] if layer["kind"] == "GaudiLinear"]
+    assert len(gaudi) == 6
+    share = sum(x["multiplications"] for x in gaudi) / sum(
+        x["dense_multiplications"] for x in gaudi
+    )
+    assert share <= 0.33
+    assert summary["relative_multiplications"] >= share
+    rows = read_metrics(finished)
+    last = [row for row in rows if row["step"] == 8]
+    np.testing.assert_allclose(
+        last[0]["relative_multiplications"], summary["relative_multiplications"], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        last[1]["validation_accuracy"], summary["validation_accuracy"], atol=1e-6
+    )
+    assert {row["step"] for row in rows} == {2, 4, 6, 8}
+    for name in ("train_loss", "learning_rate", "sigma", "target", "mean_width"):
+        assert name in last[0]
+
+
+def test_load_gives_the_trained_model_in_evaluation_mode(finished):
+    model = gaudi_jax.load(finished)
+    config = tiny_config()
+    splits = load_images(config.data.name)
+    config = resolve_config(config, splits)
+    result = evaluate_model(model, config, splits, "test", sigma=math.inf)
+    assert result["accuracy"] == write_report(finished)["test_accuracy_hard"]
+    assert all(layer.deterministic for layer in [model.blocks[0].mlp.fc1])
+    assert gaudi_jax.load(finished, 6).blocks[0].mlp.fc1.widths.shape == (2, 16)
+    with pytest.raises(UserError, match="has no checkpoint 5"):
+        gaudi_jax.load(finished, 5)
+
+
+def stop_at(monkeypatch, step):
+    """Lets SIGTERM arrive while the given step is being made."""
+    advance = Progress.advance
+
+    def advance_and_stop(self, current):
+        if current == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        advance(self, current)
+
+    monkeypatch.setattr(Progress, "advance", advance_and_stop)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_sigterm_saves_and_resuming_equals_never_stopping(finished, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert not loop.train(tiny_config(), tmp_path)
+    assert loop.train(tiny_config(), tmp_path)
+    assert_same(parameters(tmp_path), parameters(finished))
+    assert {"resumed_from": step} in rows_without_time(tmp_path)
+    resumed = [row for row in rows_without_time(tmp_path) if "resumed_from" not in row]
+    assert resumed == rows_without_time(finished)
+    assert loop.train(tiny_config(), tmp_path)  # nothing is left to do
+    assert_same(parameters(tmp_path), parameters(finished))
+
+
+def test_a_damaged_last_checkpoint_is_passed_over(finished, tmp_path, caplog):
+    loop.train(tiny_config(), tmp_path)
+    for file in (tmp_path / "checkpoints" / "8" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    assert loop.train(tiny_config(), tmp_path)
+    assert "checkpoint 8 is damaged" in caplog.text
+    assert "using 6" in caplog.text
+    assert_same(parameters(tmp_path), parameters(finished))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(finished, tmp_path):
+    config = tiny_config()
+    loop.train(config, tmp_path / "same")
+    assert_same(parameters(tmp_path / "same"), parameters(finished))
+    config.seed = 1
+    loop.train(config, tmp_path / "other")
+    kernel = parameters(tmp_path / "other")["head"]["kernel"]
+    assert np.abs(kernel - parameters(finished)["head"]["kernel"]).max() > 0.01
+
+
+def test_initialising_from_another_run(finished, tmp_path):
+    config = tiny_config(steps=1)
+    config.optimizer.update(
+        learning_rate=0.0, structural_learning_rate=0.0, location_learning_rate=0.0
+    )
+    config.init_from = str(finished)
+    loop.train(config, tmp_path / "new")
+    assert_same(parameters(tmp_path / "new"), parameters(finished))
+    config.model.width = 32
+    with pytest.raises(UserError, match="has other parameters"):
+        loop.train(config, tmp_path / "wider")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["smoke,layer=dense", "smoke,layer=low_rank", "smoke,recipe=paper"]
+)
+def test_every_layer_and_recipe_trains(arguments, tmp_path):
+    config = tiny_config(arguments, steps=4)
+    config.model.dtype = "bfloat16"
+    config.model.drop_path = 0.2
+    loop.train(config, tmp_path)
+    summary = write_report(tmp_path)
+    dense = "dense" in arguments
+    assert (summary["relative_multiplications"] == 1) == dense
+    assert (tmp_path / "masks.png").exists() == ("paper" in arguments)
+    assert np.isfinite(summary["test_loss_hard"])
+    if "paper" in arguments:
+        sigmas = [row["sigma"] for row in read_metrics(tmp_path) if "sigma" in row]
+        assert sigmas == sorted(sigmas)
+        assert sigmas[-1] > sigmas[0] >= 1
+
+
+@pytest.mark.parametrize("module", [cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi])
+@pytest.mark.parametrize("arguments", [None, "layer=dense", "recipe=paper", "smoke"])
+def test_configs_build(module, arguments):
+    config = module.get_config(arguments)
+    with config.unlocked():
+        config.model.update(image_size=config.data.image_size, channels=3, num_classes=10)
+    loop.build_schedules(config)
+    if arguments == "smoke":
+        assert config.data.name.startswith("generated:")
+        loop.build_model(config)
+
+
+def wrong(**changes):
+    config = tiny_config()
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__name": "cnn"}, "unknown model 'cnn'"),
+        ({"model__dtype": "float64"}, "unknown dtype 'float64'"),
+        ({"model__patch_size": 3}, "patch_size=3 does not divide"),
+        ({"layer__mlp__name": "blast"}, "unknown layer 'blast'"),
+        ({"data__name": "mnist"}, "unknown data set 'mnist'"),
+        ({"data__batch_size": 0}, "batch_size=0"),
+        ({"data__batch_size": 1000}, "batch_size=1000 must lie in"),
+        ({"data__std": (0.0,)}, "must be positive"),
+        ({"data__mean": (0.1, 0.2)}, "2 numbers for images of 1 channels"),
+        ({"data__mixup": -1.0}, "mixup=-1.0"),
+        ({"data__label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"controller__target": 0.0}, "target 0.0 is outside"),
+        ({"controller__target": 1.5}, "target 1.5 is outside"),
+        ({"controller__name": "pid"}, "unknown controller 'pid'"),
+        ({"controller__floor": 0.9}, "floor=0.9 must be below"),
+        ({"optimizer__warmup": 2.0}, "warmup=2.0 is outside"),
+        ({"train__steps": 0}, "train.steps=0"),
+        ({"train__log_every": 0}, "train.log_every=0"),
+        ({"checkpoint__keep": 0}, "keep=0"),
+        ({"init_from": "/nowhere"}, "/nowhere holds no run"),
+    ],
+)
+def test_bad_configs_are_named_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        loop.train(wrong(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_config_is_left_alone(finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"train.steps is 8 there and 9 here"):
+        loop.train(tiny_config(steps=9), finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config()
+    config.optimizer.learning_rate = 1e30
+    with pytest.raises(UserError, match=r"the loss is nan at step \d; lower"):
+        loop.train(config, tmp_path)
+
+
+# ---- as a command ----
+
+
+def command(*arguments, devices=1, **options):
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def assert_one_sentence(result, message):
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path):
+    result = command("--config.train.stepz=3", f"--workdir={tmp_path / 'run'}")
+    assert_one_sentence(result, 'Did you mean "steps"')
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.steps=many"], "invalid literal for int() with base 10: 'many'"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=configs/digits_vit_gaudi.py:budget=x"], "'budget=x' needs a value like 0.33"),
+        (["--config=configs/digits_vit_gaudi.py:layr=x"], "unknown config argument 'layr'"),
+        (["--config=configs/digits_vit_gaudi.py:layer=blast"], "unknown layer 'blast'"),
+        (["--config.data.name=folder:/nowhere"], "data folder /nowhere is not there"),
+        (["--speed=9"], "Unknown command line flag 'speed'"),
+        (["train"], "unexpected argument 'train'"),
+        (["--config.evaluate_only=True"], "holds no run"),
+    ],
+)
+def test_every_mistake_is_one_sentence(arguments, message, tmp_path):
+    assert_one_sentence(command(*arguments, f"--workdir={tmp_path / 'run'}"), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_batch_that_the_devices_cannot_share_is_named(tmp_path):
+    result = command("--config.data.batch_size=60", f"--workdir={tmp_path / 'run'}", devices=8)
+    assert_one_sentence(result, "batch_size=60 cannot be split over 8 devices")
+
+
+KILLED = (
+    "--config=configs/digits_vit_gaudi.py:smoke",
+    "--config.train.steps=200",
+    "--config.train.eval_every=40",
+    "--config.checkpoint.every=10",
+)
+
+
+def start(workdir):
+    return subprocess.Popen(
+        [sys.executable, "main.py", *KILLED, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_started_again_ends_bitwise_the_same(tmp_path):
+    assert start(tmp_path / "whole").wait() == 0
+    rng = np.random.default_rng(int(time.time()))
+    workdir, kills = tmp_path / "killed", 0
+    for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        before = len(read_metrics(workdir))
+        process = start(workdir)
+        while process.poll() is None and len(read_metrics(workdir)) < before + 2:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.0))
+        process.send_signal(kind)
+        code = process.wait()
+        kills += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL)  # SIGTERM saves and ends well
+    assert kills > 0
+    result = command(*KILLED, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert_same(parameters(workdir), parameters(tmp_path / "whole"))
+    assert sum("resumed_from" in row for row in read_metrics(workdir)) > 0
+    killed, whole = (
+        json.loads((path / "summary.json").read_text()) for path in (workdir, tmp_path / "whole")
+    )
+    assert killed == whole
+
+
+RUN_SCRIPT = """
+import sys
+from tests.test_training import tiny_config
+from gaudi_jax.training import loop
+config = tiny_config(steps=20)
+config.train.log_every = 1
+loop.train(config, sys.argv[1])
+"""
+
+# An "optimizer" whose state is the gradient shows what the real training step computes.
+GRADIENT_SCRIPT = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from gaudi_jax.cost import cost
+from gaudi_jax.data.images import load_images
+from gaudi_jax.data.pipeline import train_batches
+from gaudi_jax.training.evaluate import data_mesh, image_task, put_batch
+from gaudi_jax.training.setup import build_model, build_schedules, resolve_config
+from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
+from tests.test_training import tiny_config
+splits = load_images("generated:4x8x1")
+config = resolve_config(tiny_config(), splits)
+options = {"batch_size": 32, "image_size": 8, "seed": 0}
+batch = next(train_batches(splits.train, **options))
+model = build_model(config)
+weights = CostWeights.of(cost(model, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)))
+graphdef, params, other = split_model(model)
+keep = optax.GradientTransformation(
+    lambda params: params, lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g)
+)
+step = make_train_step(graphdef, keep, build_schedules(config), image_task(config), weights, 0)
+auto = (jax.sharding.AxisType.Auto,)
+gradients = []
+for mesh in (jax.make_mesh((1,), ("data",), auto, devices=jax.devices()[:1]), data_mesh(32)):
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = TrainState(jnp.int32(0), params, other, params)
+    state = jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated), state)
+    gradients.append(jax.tree.map(np.asarray, step(state, put_batch(batch, mesh))[0].opt_state))
+assert data_mesh(32).size == 8
+for one, eight in zip(*map(jax.tree.leaves, gradients), strict=True):
+    assert np.abs(one).max() > 0 or one.size < 64
+    np.testing.assert_allclose(eight, one, atol=1e-5)
+"""
+
+
+def run_script(script, *arguments, devices):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    interpreter = [sys.executable, "-c", script, *map(str, arguments)]
+    subprocess.run(interpreter, cwd=ROOT, env=os.environ | flags, check=True)
+
+
+@pytest.mark.slow
+def test_first_gradients_of_eight_devices_are_those_of_one():
+    run_script(GRADIENT_SCRIPT, devices=8)
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does(tmp_path):
+    losses = {}
+    for name, devices in {"one": 1, "eight": 8, "again": 8}.items():
+        run_script(RUN_SCRIPT, tmp_path / name, devices=devices)
+        rows = read_metrics(tmp_path / name)
+        losses[name] = [row["train_loss"] for row in rows if "train_loss" in row]
+    assert len(losses["one"]) == 20
+    np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-4)
+    assert_same(parameters(tmp_path / "again"), parameters(tmp_path / "eight"))
