@@ -2,7 +2,7 @@
 
     python main.py                                             # learn digits, in runs/
     python main.py --config=configs/digits_vit_gaudi.py:layer=dense --workdir=runs/dense
-    python main.py --config=configs/vit_b_gaudi.py --workdir=gs://... --config.train.steps=1000
+    python main.py --config=configs/vit_b_gaudi.py --workdir=runs/vit_b --config.train.steps=1000
 
 Run again with the same workdir, it continues where the run stopped.
 """

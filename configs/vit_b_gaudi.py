@@ -1,7 +1,7 @@
 """ViT-B/16 on ImageNet-1k from scratch, whose linear layers learn their structure.
 
-    python main.py --config=configs/vit_b_gaudi.py --workdir=gs://BUCKET/vit_b_gaudi
-    python main.py --config=configs/vit_b_gaudi.py:layer=dense --workdir=gs://BUCKET/vit_b_dense
+    python main.py --config=configs/vit_b_gaudi.py --workdir=runs/vit_b_gaudi
+    python main.py --config=configs/vit_b_gaudi.py:layer=dense --workdir=runs/vit_b_dense
 
 Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper``, ``budget=0.33``, ``epochs=310``,
 ``smoke``, and ``data=tfds:imagenet2012`` (prepared once with TensorFlow Datasets) or

@@ -24,6 +24,19 @@ def make_state(value):
     return {"step": jnp.int32(value), "params": params, "opt_state": opt_state, "other": {}}
 
 
+class Position:
+    """A data iterator's state."""
+
+    def __init__(self, index=0):
+        self.state = {"next_index": index}
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
 def abstract(state):
     return jax.eval_shape(lambda: state)
 
@@ -40,7 +53,7 @@ def saved(tmp_path):
     directory = tmp_path / "checkpoints"
     with Checkpointer(directory, keep=3) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, make_state(step))
+            checkpoints.save(step, make_state(step), Position(step))
     return directory
 
 
@@ -97,12 +110,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, caplog)
         assert restore(saved).step == 1
     assert "checkpoint 3 is damaged" in caplog.text
     assert "checkpoint 2 is damaged" in caplog.text
-    assert "using 1" in caplog.text
-    assert (saved / "3").exists()  # reading only removes nothing
+    assert "using checkpoint 1" in caplog.text
+    assert (saved / "3").exists()  # reading only moves nothing
     with Checkpointer(saved, keep=3) as checkpoints:
         assert checkpoints.restore(abstract(make_state(0))).step == 1
         for step in (2, 3):  # training goes on and comes by the same steps
             checkpoints.save(step, make_state(10 * step))
+    assert (saved / "3.damaged").exists()
     assert_same(restore(saved).state, make_state(30))
 
 
@@ -111,7 +125,22 @@ def test_all_damaged_is_an_error_that_keeps_the_files(saved):
         (saved / str(step) / "about" / "metadata").write_text("{")
     with Checkpointer(saved) as checkpoints, pytest.raises(UserError, match="every checkpoint"):
         checkpoints.restore(abstract(make_state(0)))
-    assert (saved / "1").exists()
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
+
+
+def test_an_error_that_is_not_damage_costs_no_checkpoint(saved):
+    class BrokenIterator:
+        def set_state(self, state):
+            raise OSError("no space left")
+
+    with Checkpointer(saved) as checkpoints, pytest.raises(OSError, match="no space"):
+        checkpoints.restore(abstract(make_state(0)), BrokenIterator())
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_step_that_would_not_be_saved_is_an_error(saved):
+    with Checkpointer(saved) as checkpoints, pytest.raises(RuntimeError, match="step 2"):
+        checkpoints.save(2, make_state(2))
 
 
 # Reads that fail leave coroutines of tensorstore behind.
@@ -132,13 +161,12 @@ def test_damage_anywhere_never_gives_wrong_values(saved, tmp_path, damage):
         else:
             content[len(content) // 2] ^= 0xFF
             damaged.write_bytes(content)
-        try:
-            restored = restore(copy)
-        except UserError:
-            restored = None  # the description of the structure itself is damaged: said, not used
-        if restored is not None:
-            assert_same(restored.state, make_state(restored.step))
-            fell_back += restored.step == 2
+        position = Position()
+        with Checkpointer(copy, read_only=True) as checkpoints:
+            restored = checkpoints.restore(abstract(make_state(0)), position)
+        assert_same(restored.state, make_state(restored.step))
+        assert position.state == {"next_index": restored.step}
+        fell_back += restored.step == 2
         shutil.rmtree(copy)
     assert fell_back > 0
 

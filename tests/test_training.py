@@ -132,7 +132,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(finished, tmp_path, caplog):
             file.write_bytes(b"")
     assert loop.train(tiny_config(), tmp_path)
     assert "checkpoint 8 is damaged" in caplog.text
-    assert "using 6" in caplog.text
+    assert "using checkpoint 6" in caplog.text
     assert_same(parameters(tmp_path), parameters(finished))
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: the whole training state, verified when it is read back."""
 
 import dataclasses
+import json
 import logging
 import math
 import shutil
@@ -124,10 +125,15 @@ class Checkpointer:
             for part, leaves in parts.items()
         }
         self._scores[step] = -math.inf if score is None else score
-        items["about"] = ocp.args.JsonSave({"score": score, "leaves": described})
-        if iterator is not None:
-            items["iterator"] = ocp.args.JsonSave({"state": iterator.get_state()})
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        about = {
+            "score": score,
+            "leaves": described,
+            "iterator": None if iterator is None else iterator.get_state(),
+        }
+        text = json.dumps(about)
+        items["about"] = ocp.args.JsonSave({"json": text, "crc32": zlib.crc32(text.encode())})
+        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+            raise RuntimeError(f"step {step} was not saved in {self._directory}")
 
     def restore(
         self,
@@ -144,8 +150,8 @@ class Checkpointer:
                 on others.
             iterator: data iterator that is set to where it was.
             step: which one; "best" for the one with the highest score; None for the newest that is
-                not damaged. A damaged one is named in a warning and passed over (and removed,
-                unless reading only).
+                not damaged. A damaged one is named in a warning and passed over (and renamed
+                to ``STEP.damaged``, unless reading only).
 
         Returns:
             The step and the state, or None if there is no checkpoint at all.
@@ -162,24 +168,32 @@ class Checkpointer:
                 there = ", ".join(map(str, steps))
                 raise UserError(f"{self._directory} has no checkpoint {step}; it has {there}")
             steps = [int(chosen)]
-        for index, candidate in enumerate(reversed(steps)):
+        damaged: list[int] = []
+        for candidate in reversed(steps):
             try:
-                restored = self._read(candidate, abstract_state, iterator)
+                state, iterator_state = self._read(candidate, abstract_state)
             except UserError:
                 raise
             # Orbax and tensorstore raise many kinds of errors for missing or damaged files.
             except Exception as error:
-                others = steps[: len(steps) - index - 1]
-                self._pass_over(candidate, others, error)
-            else:
-                return restored
+                damaged.append(candidate)
+                log.warning("checkpoint %d is damaged (%s)", candidate, _first_line(error))
+                continue
+            if damaged:
+                log.warning("using checkpoint %d", candidate)
+                self._set_aside(damaged)
+            if iterator is not None:
+                iterator.set_state(iterator_state)
+            return Restored(candidate, state)
         raise UserError(
             f"every checkpoint in {self._directory} is damaged ({', '.join(map(str, steps))}); "
             "restore them from a copy, or start again with another --workdir"
         )
 
-    def _read(self, step: int, abstract: Mapping[str, Any], iterator: Any) -> Restored:
-        described = self._restore_item(step, "about", ocp.args.JsonRestore())["leaves"]
+    def _read(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The state and the data iterator's state; any error but a UserError means damage."""
+        about = self._read_about(step)
+        described = about["leaves"]
         state = {}
         for part, tree in abstract.items():
             wanted = _leaves(tree)
@@ -192,15 +206,17 @@ class Checkpointer:
                     raise ValueError(f"checksum of {part}.{name} does not match")
             ordered = [leaves[name] for name in wanted]
             state[part] = jax.tree.unflatten(jax.tree.structure(tree), ordered)
-        if iterator is not None:
-            iterator.set_state(
-                self._restore_item(step, "iterator", ocp.args.JsonRestore())["state"]
-            )
-        return Restored(step, state)
+        return state, about["iterator"]
+
+    def _read_about(self, step: int) -> dict[str, Any]:
+        about = self._restore_item(step, "about", ocp.args.JsonRestore())
+        if zlib.crc32(about["json"].encode()) != about["crc32"]:
+            raise ValueError("checksum of its description does not match")
+        return json.loads(about["json"])
 
     def _read_score(self, step: int) -> float:
         try:
-            score = self._restore_item(step, "about", ocp.args.JsonRestore())["score"]
+            score = self._read_about(step)["score"]
         except Exception:  # damaged: `restore` will say so
             return -math.inf
         return -math.inf if score is None else score
@@ -209,15 +225,16 @@ class Checkpointer:
         assert self._manager is not None
         return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
-    def _pass_over(self, step: int, others: list[int], error: Exception) -> None:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else repr(error)
-        instead = f"using {others[-1]}" if others else "none is left"
-        log.warning("checkpoint %d is damaged (%s); %s", step, reason, instead)
-        if not self._read_only and others:
-            # Training goes on from before it, and will save this step again.
-            assert self._manager is not None
-            shutil.rmtree(self._directory / str(step))
-            self._manager.reload()
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames damaged checkpoints: training goes on before them and saves the steps again."""
+        if self._read_only:
+            return
+        assert self._manager is not None
+        for step in steps:
+            aside = self._directory / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+        self._manager.reload()
 
     def _best(self, steps: list[int]) -> int:
         scores = {step: self._scores[step] for step in steps}
@@ -244,6 +261,11 @@ def _leaves(tree: Any) -> Leaves:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
 
 
 def _describe(leaf: Any) -> dict[str, Any]:

@@ -59,8 +59,10 @@ class MetricLog:
             kept.append({"resumed_from": resumed_from})
         write_atomically(self._path, "".join(map(_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
-        purge_step = None if resumed_from is None else resumed_from + 1
-        self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step)
+        # What a killed run wrote after its last checkpoint disappears from the curves.
+        self._writer = SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=(resumed_from or 0) + 1
+        )
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -126,6 +128,7 @@ class Progress:
             dynamic_ncols=True,
         )
         self._steps, self._first_step = steps, first_step
+        self._step = self._printed_step = first_step
         self._started = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -133,6 +136,8 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
+        if not self._terminal and self._step != self._printed_step:
+            self._print_line(time.monotonic())
 
     def show(self, row: Mapping[str, float]) -> None:
         """Takes the newest numbers."""
@@ -144,17 +149,20 @@ class Progress:
         self._bar.set_postfix({k: f"{v:.3f}" for k, v in self._shown.items()}, refresh=False)
         self._bar.update(self._items)
         now = time.monotonic()
-        due = now - self._last_line >= PLAIN_INTERVAL or step == self._steps
-        if not self._terminal and due:
-            self._last_line = now
-            print(self._plain_line(step, now), file=sys.stderr, flush=True)
+        self._step = step
+        if not self._terminal and now - self._last_line >= PLAIN_INTERVAL:
+            self._print_line(now)
 
-    def _plain_line(self, step: int, now: float) -> str:
-        speed = (step - self._first_step) / (now - self._started)
+    def _print_line(self, now: float) -> None:
+        self._last_line, self._printed_step = now, self._step
+        speed = (self._step - self._first_step) / (now - self._started)
         numbers = "".join(f", {name} {value:.3f}" for name, value in self._shown.items())
-        left = time.strftime("%H:%M:%S", time.gmtime((self._steps - step) / speed))
-        return (
-            f"step {step}/{self._steps}{numbers}, {speed * self._items:.0f} images/s, {left} left"
+        left = time.strftime("%H:%M:%S", time.gmtime((self._steps - self._step) / speed))
+        print(
+            f"step {self._step}/{self._steps}{numbers}, {speed * self._items:.0f} images/s, "
+            f"{left} left",
+            file=sys.stderr,
+            flush=True,
         )
 
 
