@@ -5,6 +5,7 @@ from functools import partial
 
 import grain
 import numpy as np
+from absl import flags
 
 from gaudi_jax.data.augment import random_crop, resize_and_crop
 from gaudi_jax.data.images import Example, ImageSource
@@ -69,9 +70,7 @@ def train_batches(
         .batch(batch_size, drop_remainder=True)
         .to_iter_dataset(_READ_OPTIONS)
     )
-    if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(dataset)
+    return iter(_with_workers(dataset, workers))
 
 
 def evaluation_batches(
@@ -114,15 +113,21 @@ def evaluation_batches(
         .batch(batch_size, drop_remainder=False)
         .to_iter_dataset(_READ_OPTIONS)
     )
-    if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    for batch in dataset:
+    for batch in _with_workers(dataset, workers):
         missing = batch_size - len(batch["label"])
         batch["weight"] = np.ones(len(batch["label"]), np.float32)
         yield {
             name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
             for name, array in batch.items()
         }
+
+
+def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
+    if not workers:
+        return dataset
+    if not flags.FLAGS.is_parsed():  # Grain's processes read flags that only absl programs parse
+        flags.FLAGS.mark_as_parsed()
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
 def _augment(

@@ -146,8 +146,8 @@ class Checkpointer:
 
         Args:
             abstract_state: the wanted parts by name, each a pytree of `jax.ShapeDtypeStruct`, whose
-                shardings, if any, the arrays get: what was saved on some devices may be restored
-                on others.
+                shardings the arrays get; without one, the first device. What was saved on some
+                devices may be restored on others.
             iterator: data iterator that is set to where it was.
             step: which one; "best" for the one with the highest score; None for the newest that is
                 not damaged. A damaged one is named in a warning and passed over (and renamed
@@ -200,7 +200,7 @@ class Checkpointer:
             _check_structure(described[part], wanted, self._directory / str(step) / part)
             leaves = {}
             if wanted:
-                leaves = self._restore_item(step, part, ocp.args.StandardRestore(wanted))
+                leaves = self._restore_item(step, part, ocp.args.StandardRestore(_placed(wanted)))
             for name, leaf in leaves.items():
                 if _describe(leaf)["crc32"] != described[part][name]["crc32"]:
                     raise ValueError(f"checksum of {part}.{name} does not match")
@@ -260,6 +260,15 @@ def _leaves(tree: Any) -> Leaves:
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _placed(leaves: Leaves) -> Leaves:
+    """Puts arrays without a sharding on the first device; orbax would look for those they had."""
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first)
+        for name, leaf in leaves.items()
     }
 
 
