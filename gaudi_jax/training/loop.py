@@ -105,6 +105,16 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     # ---- the workdir is claimed only now that nothing is wrong with the config -------------------
     claim_workdir(workdir, config.to_dict())
     workdir = Path(workdir)
+    log.info(
+        "%s: %d training images, %d classes; %d parameters, %d multiplications an image if dense; "
+        "workdir %s",
+        data.name,
+        len(splits.train),
+        splits.num_classes,
+        model_cost.parameters,
+        model_cost.total_dense_multiplications,
+        workdir,
+    )
     with (
         Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         _stop_on_sigterm() as stop,
