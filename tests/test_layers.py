@@ -109,13 +109,15 @@ def test_both_orders_of_the_factors_agree():
     assert flops[1000] == 2 * (2 * 12 + 1000 * 12)  # composed first
 
 
-@pytest.mark.parametrize("method", ["fft", "table"])
-@pytest.mark.parametrize("name", GOLDEN_LAYERS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "fft") for name in GOLDEN_LAYERS]
+    # The table form is for rounded masks.
+    + [(name, "table") for name in GOLDEN_LAYERS if name != "layer_no_ste"],
+)
 def test_layer_agrees_with_the_published_implementation(name, method):
     golden = np.load(GOLDEN / f"{name}.npz")
     rounded = not bool(golden["no_ste"])
-    if method == "table" and not rounded:
-        pytest.skip("the table form is for rounded masks")
     layer = GaudiLinear.from_blocks(
         jnp.array(golden["V"]),
         jnp.array(golden["U"].transpose(0, 2, 1)),

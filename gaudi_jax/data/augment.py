@@ -9,12 +9,32 @@ from PIL import Image
 # ---- on the host: numpy arrays, uint8 (H, W, C) ----
 
 
+def resize(
+    image: UInt8[np.ndarray, "H W C"], shorter: int
+) -> UInt8[np.ndarray, "new_height new_width C"]:
+    """Resizes the shorter side to ``shorter`` pixels (bicubic) and keeps the proportions.
+
+    An image that fits already is returned as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> from gaudi_jax.data.augment import resize
+        >>> resize(np.zeros((40, 60, 3), np.uint8), 20).shape
+        (20, 30, 3)
+    """
+    height, width, channels = image.shape
+    if min(height, width) == shorter:
+        return image
+    scale = shorter / min(height, width)
+    new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    pixels = image[..., 0] if channels == 1 else image
+    return np.atleast_3d(Image.fromarray(pixels).resize(new_size, Image.Resampling.BICUBIC))
+
+
 def resize_and_crop(
     image: UInt8[np.ndarray, "H W C"], size: int, crop_fraction: float = 1.0
 ) -> UInt8[np.ndarray, "size size C"]:
-    """Resizes the shorter side to ``size / crop_fraction`` (bicubic) and crops the centre.
-
-    An image that has the right size already is returned as it is.
+    """Resizes the shorter side to ``size / crop_fraction`` and crops the centre.
 
     Example:
         >>> import numpy as np
@@ -22,14 +42,7 @@ def resize_and_crop(
         >>> resize_and_crop(np.zeros((40, 60, 3), np.uint8), 32).shape
         (32, 32, 3)
     """
-    height, width, channels = image.shape
-    shorter = round(size / crop_fraction)
-    if min(height, width) != shorter:
-        scale = shorter / min(height, width)
-        new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
-        pixels = image[..., 0] if channels == 1 else image
-        resized = Image.fromarray(pixels).resize(new_size, Image.Resampling.BICUBIC)
-        image = np.atleast_3d(np.asarray(resized))
+    image = resize(image, int(size / crop_fraction))  # rounded down, as in the published recipes
     top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[top : top + size, left : left + size]
 

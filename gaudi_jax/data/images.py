@@ -62,10 +62,11 @@ def load_images(
     Args:
         name: one of
 
-            * ``digits``: scikit-learn's 1797 handwritten digits of 8x8 pixels, in a fixed split of
-              1097 train, 200 validation and 500 test images;
-            * ``folder:PATH``: ``PATH/train/<class>/*``, and ``PATH/validation`` and ``PATH/test``
-              likewise where they exist;
+            * ``digits``: scikit-learn's 1797 handwritten digits of 8x8 pixels, values 0 ... 16
+              scaled to 0 ... 255; the order ``numpy.random.default_rng(0).permutation(1797)``
+              gives 1097 train, then 200 validation, then 500 test images;
+            * ``folder:PATH``: ``PATH/train/<class>/*``, and ``PATH/validation`` (or ``PATH/val``)
+              and ``PATH/test`` likewise where they exist; names that start with a dot are hidden;
             * ``tfds:NAME``: a prepared TensorFlow Datasets set (read without TensorFlow);
             * ``generated:CLASSESxSIZExCHANNELS``: noisy patterns, for trying things out.
         validation_fraction: share of the training images held out where the data set has no
@@ -142,7 +143,7 @@ class SubsetSource:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedSource:
-    """Waves whose direction and frequency tell the class, in noise; a function of the index."""
+    """Waves whose direction tells the class, in noise; a function of the index."""
 
     num_images: int
     num_classes: int
@@ -175,6 +176,9 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # convert would clip all but the darkest to white
+                gray = (np.asarray(image) >> 8).astype(np.uint8)
+                return np.repeat(gray[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
     # Pillow's decoders raise many kinds of errors for damaged files.
     except Exception as error:
@@ -188,7 +192,7 @@ def _digits() -> ImageSplits:
     from sklearn.datasets import load_digits  # slow to import
 
     digits = load_digits()
-    # Pixels count the 16 strokes of a 4x4 cell: 0 ... 16.
+    # A pixel counts the dark ones of a cell of 4x4 in the scanned bitmap: 0 ... 16.
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(images))
     parts = np.split(order, [1097, 1297])
@@ -217,7 +221,7 @@ def _folder(root: Path, fraction: float, skip_unreadable: bool, verify: bool) ->
         raise UserError(f"data folder {root} is not there; give folder:PATH of a directory")
     if not (root / "train").is_dir():
         raise UserError(f"data folder {root} has no folder train; put images in train/<class>/")
-    class_names = tuple(sorted(path.name for path in (root / "train").iterdir() if path.is_dir()))
+    class_names = tuple(sorted(_class_folders(root / "train")))
     if len(class_names) < 2:
         raise UserError(
             f"{root / 'train'} holds {len(class_names)} class folders; at least 2 are needed"
@@ -230,8 +234,9 @@ def _folder(root: Path, fraction: float, skip_unreadable: bool, verify: bool) ->
         return source
 
     train: ImageSource = read_split("train")
-    if (root / "validation").is_dir():
-        validation: ImageSource = read_split("validation")
+    held_out = next((name for name in ("validation", "val") if (root / name).is_dir()), None)
+    if held_out:
+        validation: ImageSource = read_split(held_out)
     else:
         train, validation = _hold_out(train, fraction)
     if (root / "test").is_dir():
@@ -242,15 +247,20 @@ def _folder(root: Path, fraction: float, skip_unreadable: bool, verify: bool) ->
     return ImageSplits(train, validation, test, class_names)
 
 
+def _class_folders(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
+
+
 def _list_files(folder: Path, class_names: tuple[str, ...]) -> FileSource:
-    unknown = sorted({path.name for path in folder.iterdir() if path.is_dir()} - set(class_names))
+    present = _class_folders(folder)
+    unknown = sorted(present - set(class_names))
     if unknown:
         raise UserError(f"{folder / unknown[0]} is a class that the training images do not have")
     paths, labels = [], []
     for label, name in enumerate(class_names):
         directory = folder / name
         files = sorted(p for p in directory.glob("*") if p.is_file() and p.name[0] != ".")
-        if not files and folder.name == "train":
+        if not files and name in present:
             raise UserError(f"class folder {directory} is empty; add images or remove it")
         paths += files
         labels += [label] * len(files)

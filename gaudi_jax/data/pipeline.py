@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from gaudi_jax.data.augment import random_crop, resize_and_crop
+from gaudi_jax.data.augment import random_crop, resize, resize_and_crop
 from gaudi_jax.data.images import Example, ImageSource
 from gaudi_jax.errors import UserError
 
@@ -56,10 +56,9 @@ def train_batches(
             f"data.batch_size={batch_size} must lie in [1, {len(source)}], the number of training "
             "images"
         )
-    if crop_padding < 0 or workers < 0 or image_size < 1:
-        raise UserError(
-            f"data.{crop_padding=}, data.{workers=} and data.{image_size=} must not be negative"
-        )
+    if crop_padding < 0:
+        raise UserError(f"data.{crop_padding=} is negative; give 0 or more pixels")
+    _check_shared_options(batch_size, image_size, workers)
     augment = partial(_augment, size=image_size, padding=crop_padding, flip=flip)
     dataset = (
         grain.MapDataset.source(source)
@@ -94,7 +93,7 @@ def evaluation_batches(
         Batches as in training, with "weight", float32 (B,): 1 for images, 0 for padding.
 
     Raises:
-        UserError: crop_fraction is out of range.
+        UserError: an option is out of range.
 
     Example:
         >>> from gaudi_jax.data.images import load_images
@@ -106,6 +105,7 @@ def evaluation_batches(
     """
     if not 0 < crop_fraction <= 1:
         raise UserError(f"data.crop_fraction={crop_fraction} is outside (0, 1]")
+    _check_shared_options(batch_size, image_size, workers)
     prepare = partial(_prepare, size=image_size, crop_fraction=crop_fraction)
     dataset = (
         grain.MapDataset.source(source)
@@ -122,6 +122,14 @@ def evaluation_batches(
         }
 
 
+def _check_shared_options(batch_size: int, image_size: int, workers: int) -> None:
+    if batch_size < 1 or image_size < 1 or workers < 0:
+        raise UserError(
+            f"data.{batch_size=} and data.{image_size=} must be positive and data.{workers=} "
+            "must not be negative"
+        )
+
+
 def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
     if not workers:
         return dataset
@@ -133,9 +141,7 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
 def _augment(
     example: Example, rng: np.random.Generator, *, size: int, padding: int, flip: bool
 ) -> Example:
-    image = example["image"]
-    if min(image.shape[:2]) != size:
-        image = resize_and_crop(image, size)
+    image = resize(example["image"], size)
     if padding or image.shape[:2] != (size, size):
         image = random_crop(image, size, padding, rng)
     if flip and rng.random() < 0.5:
