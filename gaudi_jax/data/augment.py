@@ -28,7 +28,8 @@ def resize(
     scale = shorter / min(height, width)
     new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
     pixels = image[..., 0] if channels == 1 else image
-    return np.atleast_3d(Image.fromarray(pixels).resize(new_size, Image.Resampling.BICUBIC))
+    resized = Image.fromarray(pixels).resize(new_size, Image.Resampling.BICUBIC)
+    return np.atleast_3d(np.asarray(resized))
 
 
 def resize_and_crop(
