@@ -7,10 +7,9 @@ Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper``, ``budget=0.3
 ``smoke``, and ``data=tfds:cifar10`` (prepared once with TensorFlow Datasets) or
 ``data=folder:PATH`` with ``PATH/train/<class>/*``. 5000 training images are held out.
 
-The model is 768 wide with 8 blocks of 8 heads on 4x4 patches: 57 M parameters dense. 45 000
-images x 300 epochs / 1024 = 13 183 steps. The paper's recipe: learning rate 5e-4 with a cosine,
-weight decay 0.05, structural learning rate 5e-3, mixup 0.8, cutmix 1.0, label smoothing 0.1, drop
-path 0.1.
+The model is 768 wide with 8 blocks of 8 heads on 4x4 patches. 45 000 images x 300 epochs / 1024 =
+13 183 steps. The paper's recipe: learning rate 5e-4 with a cosine, weight decay 0.05, structural
+learning rate 5e-3, mixup 0.8, cutmix 1.0, label smoothing 0.1, drop path 0.1.
 
 Hardware: one GPU or TPU. Time and accuracy of the full recipe have not been measured yet.
 """

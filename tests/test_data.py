@@ -147,7 +147,7 @@ def test_tfds_sets_are_read_through_data_source(monkeypatch):
 
     Builder.info.features = features
     monkeypatch.setattr(tfds, "builder", lambda name: Builder)
-    monkeypatch.setattr(tfds, "data_source", lambda name: {"train": examples})
+    monkeypatch.setattr(tfds, "data_source", lambda name, download: {"train": examples})
     splits = load_images("tfds:mine", validation_fraction=0.1)
     assert splits.class_names == ("a", "b")
     assert [len(splits.train), len(splits.validation)] == [18, 2]

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import gaudi_jax
 from configs import cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi
@@ -20,7 +21,7 @@ from gaudi_jax.training import loop
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.metrics import Progress, read_metrics
 from gaudi_jax.training.setup import resolve_config
-from gaudi_jax.training.step import split_model
+from gaudi_jax.training.step import CostWeights, split_model, structure_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +177,14 @@ def test_every_layer_and_recipe_trains(arguments, tmp_path):
         sigmas = [row["sigma"] for row in read_metrics(tmp_path) if "sigma" in row]
         assert sigmas == sorted(sigmas)
         assert sigmas[-1] > sigmas[0] >= 1
+
+
+def test_metrics_of_models_with_billions_of_multiplications():
+    layer = gaudi_jax.GaudiLinear(8, 8, rngs=nnx.Rngs(0))
+    weights = CostWeights({"": 10**9}, others=10**10, dense=74 * 10**9)
+    relative = jax.jit(lambda: structure_metrics(layer, weights)["relative_multiplications"])()
+    expected = (float(layer.multiplications()) * 1e9 + 1e10) / 74e9
+    np.testing.assert_allclose(relative, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("module", [cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi])

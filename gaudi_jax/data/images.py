@@ -299,17 +299,24 @@ def _hold_out(source: ImageSource, fraction: float) -> tuple[SubsetSource, Subse
 def _tfds(name: str, fraction: float) -> ImageSplits:
     import tensorflow_datasets as tfds  # slow to import
 
+    remedy = (
+        f"prepare it once with tfds.data_source({name!r}), which may need TensorFlow, or set "
+        "TFDS_DATA_DIR to where it lies"
+    )
     try:
         info = tfds.builder(name).info
-        sources = tfds.data_source(name)
+        # No download by surprise: it may be of hundreds of gigabytes.
+        sources = tfds.data_source(name, download=False)
     except Exception as error:
         # Many kinds of errors, from unknown names to missing files, and some with long texts.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"cannot open the data set tfds:{name} ({reason}); prepare it once with "
-            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
-        ) from error
-    if "train" not in sources or not {"image", "label"} <= set(info.features):
+        raise UserError(f"cannot open the data set tfds:{name} ({reason}); {remedy}") from error
+    if not sources:
+        raise UserError(f"the data set tfds:{name} is not prepared; {remedy}")
+    labelled = {"image", "label"} <= set(info.features) and isinstance(
+        info.features["label"], tfds.features.ClassLabel
+    )
+    if "train" not in sources or not labelled:
         raise UserError(f"tfds:{name} is not a labelled image set with a train split")
 
     def whole(split: str) -> SubsetSource:

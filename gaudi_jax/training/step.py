@@ -176,13 +176,15 @@ def structure_metrics(model: nnx.Module, weights: CostWeights) -> Metrics:
         for path, module in nnx.iter_modules(model)
         if isinstance(module, GaudiLinear)
     }
-    gaudi = jnp.stack(
-        [layers[p].multiplications() * float(n) for p, n in weights.applications.items()]
-    ).sum()
+    # As floats: the multiplications of a large model do not fit in 32-bit integers.
+    shares = [
+        layers[path].multiplications() * (count / weights.dense)
+        for path, count in weights.applications.items()
+    ]
     widths = [variable[...] for _, variable in nnx.to_flat_state(nnx.state(model, Width))]
     return {
         "mean_width": mean_active_width(widths),
-        "relative_multiplications": (gaudi + weights.others) / weights.dense,
+        "relative_multiplications": jnp.stack(shares).sum() + weights.others / weights.dense,
     }
 
 
