@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -117,9 +118,8 @@ class GaudiLinear(StructuredLinear):
             raise UserError(f"sigma={sigma} must be positive; use sigma=inf for exact boxcars")
         if backward_smoothing < 0:
             raise UserError(f"backward_smoothing={backward_smoothing} must not be negative; use 0")
-        pair = (
-            (granularity,) * 2 if isinstance(granularity, int) else (granularity[0], granularity[1])
-        )
+        cell_in, cell_out = (int(cell) for cell in np.broadcast_to(granularity, 2))
+        pair = (cell_in, cell_out)
         for size, cell in zip((in_features, out_features), pair, strict=True):
             num_cells(size, cell)
         self.in_features = in_features

@@ -34,7 +34,7 @@ def gaudi_adamw(
     eps: float = 1e-8,
     clip_norm: float | None = None,
     layer_moment: bool = False,
-    controller: Controller = clip_widths,
+    controller: Controller | None = None,
 ) -> optax.GradientTransformation:
     """AdamW on the content parameters, Adam with b1 = 0 and a width controller on the structure.
 
@@ -54,8 +54,8 @@ def gaudi_adamw(
         eps: added to the root of the second moments.
         clip_norm: bound of the whole gradient's norm before anything else; None for no bound.
         layer_moment: average the widths' second moment over each layer instead of one per width.
-        controller: what bounds the widths (`gaudi_jax.training.controllers`); by default they are
-            only kept in [0, 1].
+        controller: what bounds the widths (`gaudi_jax.training.controllers`); None only keeps
+            them in [0, 1].
 
     Returns:
         An optax transformation whose update needs `params`.
@@ -90,7 +90,7 @@ def gaudi_adamw(
             "width": optax.chain(
                 second_moment(eps=eps),
                 optax.scale_by_learning_rate(structural_learning_rate),
-                controller(layer_sizes(model)),
+                (controller or clip_widths)(layer_sizes(model)),
             ),
             "location": optax.chain(
                 _scale_by_second_moment(eps=eps),

@@ -168,7 +168,7 @@ def build_optimizer(
     )
 
 
-def _build_controller(config: ConfigDict, schedules: Schedules) -> controllers.Controller:
+def _build_controller(config: ConfigDict, schedules: Schedules) -> controllers.Controller | None:
     options: Any = config.controller
     if options.name == "threshold":
         return controllers.threshold_controller(
@@ -187,7 +187,7 @@ def _build_controller(config: ConfigDict, schedules: Schedules) -> controllers.C
         return controllers.budget_controller(
             schedules.target, price_by_axis=options.price_by_axis, floor=options.floor
         )
-    return controllers.clip_widths
+    return None
 
 
 def _step(fraction: float, steps: int, name: str) -> int:
