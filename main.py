@@ -10,6 +10,7 @@ Run again with the same workdir, it continues where the run stopped.
 import logging
 import sys
 import time
+from pathlib import Path
 
 import absl.logging
 from absl import app, flags
@@ -19,7 +20,7 @@ from gaudi_jax.errors import UserError
 from gaudi_jax.report import summary_table, write_report
 from gaudi_jax.training.loop import train
 
-DEFAULT_CONFIG = "configs/digits_vit_gaudi.py"
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_vit_gaudi.py"
 
 
 def main(argv: list[str]) -> int:

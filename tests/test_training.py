@@ -244,11 +244,15 @@ def test_a_workdir_of_another_config_is_left_alone(finished):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, log_every):
     config = tiny_config()
+    config.train.log_every = log_every  # a checkpoint may come before the next row of metrics
+    config.checkpoint.every = 2
     config.optimizer.learning_rate = 1e30
     with pytest.raises(UserError, match=r"the loss is nan at step \d; lower"):
         loop.train(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 # ---- as a command ----

@@ -166,6 +166,8 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                     rows.write({"step": step, **row})
                     progress.show(row)
                 if step % config.checkpoint.every == 0 or last or stop.requested:
+                    # A checkpoint of a run that has diverged would push out the good ones.
+                    _check_finite({"train_loss": float(metrics["train_loss"])}, step, workdir)
                     score = evaluated["accuracy"] if evaluated and _settled(config, step) else None
                     checkpoints.save(step, state._asdict(), train_iterator, score=score)
                     saved_step = step
