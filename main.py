@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from gaudi_jax.errors import UserError
 from gaudi_jax.report import summary_table, write_report
 from gaudi_jax.training.loop import train
+from gaudi_jax.training.workdir import check_workdir
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_vit_gaudi.py"
 
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> int:
         absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
         absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one speaks up
         logging.getLogger("gaudi_jax").setLevel(logging.INFO)
+        if config.evaluate_only:
+            check_workdir(workdir, config.to_dict())
         if config.evaluate_only or train(config, workdir):
             print(summary_table(write_report(workdir)))
             print(f"\nsummary, masks and curves: {workdir}")
@@ -57,7 +60,9 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
     try:
         rest = flags.FLAGS(argv)
         _ = config.value.seed  # a config file that cannot be loaded fails when it is used
-    except (flags.Error, AttributeError, OSError, UserError) as error:
+    except SyntaxError as error:
+        raise UserError(f"the config file {error.filename} has a syntax error: {error}") from error
+    except (flags.Error, AttributeError, ImportError, NameError, OSError, UserError) as error:
         raise UserError(_explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options begin with --")
@@ -66,7 +71,7 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
 
 def _explain(error: BaseException) -> str:
     """One sentence for what absl and ml_collections say in many."""
-    if isinstance(error, AttributeError):
+    if isinstance(error, AttributeError) and not isinstance(error, NameError):
         return "the config has no key: " + " ".join(str(error).replace("\\n", " ").split())
     if isinstance(error, OSError):
         return " ".join(str(error).split())

@@ -117,6 +117,8 @@ def base_config() -> ConfigDict:
 #: Arguments that every image config takes.
 LAYER_ARGUMENTS: dict[str, Argument] = {
     "layer": "gaudi",  # gaudi, low_rank or dense
+    "attention": "",  # the same for the attention layers alone
+    "mlp": "",  # and for the MLPs alone
     "recipe": "budget",  # of gaudi: budget (ours) or paper
     "budget": 0.3,  # multiplications over dense (gaudi with recipe=budget, and low_rank)
     "smoke": False,
@@ -135,25 +137,27 @@ def use_layer(
     Raises:
         UserError: the recipe is unknown.
     """
-    layer: dict = {"name": args["layer"]}
-    if args["layer"] == "low_rank":
-        layer["budget"] = args["budget"]
-    elif args["layer"] == "gaudi" and args["recipe"] == "paper":
+    names = {part: args[part] or args["layer"] for part in ("attention", "mlp")}
+    gaudi: dict = {"name": "gaudi", "rank": 1, "granularity": 1}
+    if "gaudi" not in names.values():
+        pass
+    elif args["recipe"] == "paper":
         config.sigma.update(start=1.0, end=100.0, begin=5 / 300)
         config.controller.update(
             name="threshold", target=paper_target, strength=paper_strength, begin=10 / 300
         )
-        layer["sigma"] = 1.0
-    elif args["layer"] == "gaudi" and args["recipe"] == "budget":
+        gaudi["sigma"] = 1.0
+    elif args["recipe"] == "budget":
         # 2 cells of smoothing suit a grid of single features (docs/results.md).
-        layer.update(backward_smoothing=2.0, locations="spaced")
+        gaudi.update(backward_smoothing=2.0, locations="spaced")
         config.optimizer.layer_moment = True
         config.controller.update(name="budget", target=args["budget"], floor=0.6 * args["budget"])
-    elif args["layer"] == "gaudi":
+    else:
         raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
+    options = {"gaudi": gaudi, "low_rank": {"name": "low_rank", "budget": args["budget"]}}
     with config.unlocked():
-        config.layer.attention = ConfigDict(layer)
-        config.layer.mlp = ConfigDict(layer)
+        for part, name in names.items():
+            config.layer[part] = ConfigDict(options.get(name, {"name": name}))
 
 
 def use_smoke_data(config: ConfigDict, image_size: int) -> None:

@@ -98,6 +98,15 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert restore(tmp_path, step="best").step == 2
 
 
+def test_of_equal_scores_the_newest_is_best_and_kept(tmp_path):
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, make_state(step), score=None if step in (1, 4) else 0.9)
+    assert restore(tmp_path, step="best").step == 3
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [3, 4]  # and 1, without a score, is not kept
+
+
 def test_checkpoints_without_a_score_are_never_the_best(saved):
     with pytest.raises(UserError, match="has a score"):
         restore(saved, step="best")

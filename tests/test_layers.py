@@ -202,6 +202,22 @@ def test_gaudi_from_kernel_with_leading_widths_is_the_truncated_svd():
     assert float(gaudi.multiplications()) == float(low_rank.multiplications()) == 4 * 40
 
 
+def test_gaudi_from_kernel_is_by_default_no_worse_than_low_rank_at_its_cost():
+    kernel = jax.random.normal(jax.random.key(0), (64, 64))
+    layer = GaudiLinear.from_kernel(kernel)
+    low_rank = LowRankLinear.from_kernel(kernel, rank=32)
+    assert float(layer.multiplications()) == float(low_rank.multiplications()) == 64 * 64
+    np.testing.assert_allclose(layer.kernel(), low_rank.kernel(), atol=1e-4)
+
+
+def test_leading_widths_round_to_at_least_one_block():
+    active = [
+        int(initializers.leading_widths(density)(None, n, n, n, 1)[0].sum())
+        for density, n in ((0.01, 8), (0.29, 100))
+    ]
+    assert active == [1, 29]
+
+
 def blocks_layer(kernel, parts, **options):
     """A GaudiLinear of one block per (rows, columns, rank) part of a dense kernel."""
     n_in, n_out = kernel.shape
@@ -303,6 +319,9 @@ def test_initialisers_are_traceable_and_param_dtype_is_kept():
     [
         (lambda: GaudiLinear(8, 6, granularity=4, rngs=nnx.Rngs(0)), "4 does not divide.* 6"),
         (lambda: GaudiLinear(8, 8, rank=9, rngs=nnx.Rngs(0)), "rank=9"),
+        (lambda: GaudiLinear(8, 8, rank=0, rngs=nnx.Rngs(0)), "rank=0"),
+        (lambda: GaudiLinear(8, 8, granularity=(1, 2, 4), rngs=nnx.Rngs(0)), "must be a whole"),
+        (lambda: GaudiLinear(8, 8, granularity=2.5, rngs=nnx.Rngs(0)), r"granularity=2\.5"),
         (lambda: GaudiLinear(8, 8, sigma=-1.0, rngs=nnx.Rngs(0)), "sigma=-1"),
         (lambda: GaudiLinear(8, 8, backward_smoothing=-1.0, rngs=nnx.Rngs(0)), "smoothing=-1"),
         (lambda: LowRankLinear(8, 6, rank=7, rngs=nnx.Rngs(0)), r"rank=7.*\[1, 6\]"),

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,12 @@ def wrong(**changes):
         ({"controller__floor": 0.9}, "floor=0.9 must be below"),
         ({"optimizer__warmup": 2.0}, "warmup=2.0 is outside"),
         ({"train__steps": 0}, "train.steps=0"),
+        ({"seed": -1}, "seed=-1 is outside"),
+        ({"model__mlp_ratio": 0.0}, "mlp_ratio=0.0 leaves no hidden features"),
+        ({"optimizer__b1": 1.5}, "b1=1.5 is outside"),
+        ({"optimizer__learning_rate": -1.0}, "learning rate -1.0 must not be negative"),
+        ({"optimizer__weight_decay": -1.0}, "weight_decay=-1.0 must not be negative"),
+        ({"sigma__begin": 1.0, "sigma__finish": 0.5}, "sigma must rise between two steps"),
         ({"train__log_every": 0}, "train.log_every=0"),
         ({"checkpoint__keep": 0}, "keep=0"),
         ({"init_from": "/nowhere"}, "/nowhere holds no run"),
@@ -242,6 +249,22 @@ def test_a_workdir_of_another_config_is_left_alone(finished):
     with pytest.raises(UserError, match=r"train.steps is 8 there and 9 here"):
         loop.train(tiny_config(steps=9), finished)
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_does_not_define_a_run_may_change_when_it_goes_on(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    config = tiny_config()
+    config.train.log_every = 5
+    config.checkpoint.keep = 9
+    assert loop.train(config, tmp_path / "run")
+
+
+def test_layers_of_attention_and_mlp_are_chosen_apart():
+    config = tiny_config("smoke,attention=low_rank,mlp=gaudi,budget=0.5")
+    config.update_from_flattened_dict({"layer.mlp.rank": 2, "layer.mlp.granularity": 4})
+    block = loop.build_model(resolve_config(config, load_images(config.data.name))).blocks[0]
+    assert isinstance(block.attention.query, gaudi_jax.LowRankLinear)
+    assert (block.mlp.fc1.rank, block.mlp.fc1.granularity) == (2, (4, 4))
 
 
 @pytest.mark.parametrize("log_every", [2, 100])
@@ -306,6 +329,20 @@ def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path):
 def test_every_mistake_is_one_sentence(arguments, message, tmp_path):
     assert_one_sentence(command(*arguments, f"--workdir={tmp_path / 'run'}"), message)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_evaluating_with_another_config_is_an_error(finished):
+    write_report(finished)
+    result = command(f"--workdir={finished}", "--config.evaluate_only=True")
+    assert_one_sentence(result, "holds the run of another config")
+
+
+@pytest.mark.slow
+def test_a_config_file_with_a_syntax_error_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    result = command(f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'run'}")
+    assert_one_sentence(result, "broken.py")
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def read_image(path: Path) -> np.ndarray:
     except Exception as error:
         raise UserError(
             f"cannot read the image {path} ({error}); repair or remove it, or set "
-            "data.skip_unreadable=True"
+            "data.skip_unreadable=True with another --workdir"
         ) from error
 
 

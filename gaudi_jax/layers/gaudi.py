@@ -20,7 +20,12 @@ from gaudi_jax.layers.base import (
     factored_product,
     svd_factors,
 )
-from gaudi_jax.layers.initializers import StructureInit, split_widths, zero_locations
+from gaudi_jax.layers.initializers import (
+    StructureInit,
+    leading_widths,
+    split_widths,
+    zero_locations,
+)
 from gaudi_jax.masks import Method, block_multiplications, gaudi_mask, num_cells
 
 #: Evaluation drops mask values below this, as the published method does.
@@ -108,7 +113,9 @@ class GaudiLinear(StructuredLinear):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        blocks = min(in_features, out_features) // rank if num_blocks is None else num_blocks
+        blocks = num_blocks
+        if blocks is None:
+            blocks = min(in_features, out_features) // max(rank, 1)
         if rank < 1 or blocks < 1:
             raise UserError(
                 f"rank={rank} and num_blocks={blocks} of a {in_features}x{out_features} layer must "
@@ -118,6 +125,8 @@ class GaudiLinear(StructuredLinear):
             raise UserError(f"sigma={sigma} must be positive; use sigma=inf for exact boxcars")
         if backward_smoothing < 0:
             raise UserError(f"backward_smoothing={backward_smoothing} must not be negative; use 0")
+        if np.shape(granularity) not in ((), (2,)) or np.any(np.mod(granularity, 1)):
+            raise UserError(f"granularity={granularity} must be a whole number, or a pair of them")
         cell_in, cell_out = (int(cell) for cell in np.broadcast_to(granularity, 2))
         pair = (cell_in, cell_out)
         for size, cell in zip((in_features, out_features), pair, strict=True):
@@ -148,6 +157,33 @@ class GaudiLinear(StructuredLinear):
             if use_bias
             else nnx.data(None)
         )
+
+    @classmethod
+    def from_kernel(
+        cls,
+        kernel: Float[Array, "in out"],
+        *,
+        bias: Float[Array, " out"] | None = None,
+        width_init: StructureInit = leading_widths(),  # noqa: B008
+        **options: Any,
+    ) -> StructuredLinear:
+        """Builds the layer from a dense kernel: the truncated SVD in blocks of full width.
+
+        Args:
+            kernel: dense kernel, shape (in, out).
+            bias: bias, shape (out,), or None for a layer without one.
+            width_init: initial widths; by default as many full blocks as cost no more than the
+                dense layer.
+            **options: other keyword arguments of the constructor.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from gaudi_jax import GaudiLinear
+            >>> layer = GaudiLinear.from_kernel(jnp.ones((4, 6)))
+            >>> bool(jnp.allclose(layer.kernel(), 1, atol=1e-5)), int(layer.multiplications())
+            (True, 20)
+        """
+        return super().from_kernel(kernel, bias=bias, width_init=width_init, **options)
 
     @classmethod
     def from_blocks(

@@ -32,11 +32,7 @@ def split_widths(density: float | None = None) -> StructureInit:
     _check_density(density)
 
     def init(key, in_features, out_features, num_blocks, rank):
-        if density is None:
-            affordable = in_features * out_features / (rank * (in_features + out_features))
-        else:
-            affordable = density * num_blocks
-        half = min(affordable, num_blocks) / 2
+        half = _full_blocks(density, in_features, out_features, num_blocks, rank) / 2
         narrow = half / (num_blocks - half)
         widths = jnp.where(jnp.arange(num_blocks) < int(half), 1.0, narrow)
         return jnp.tile(widths.astype(jnp.float32), (2, 1))
@@ -44,11 +40,12 @@ def split_widths(density: float | None = None) -> StructureInit:
     return init
 
 
-def leading_widths(density: float) -> StructureInit:
+def leading_widths(density: float | None = None) -> StructureInit:
     """The first ``density * B`` blocks at width 1, the others dead: a truncated SVD.
 
     Args:
-        density: active fraction of the blocks, in (0, 1].
+        density: active fraction of the blocks, in (0, 1], rounded to at least one block; None
+            takes as many as cost no more than the dense layer.
 
     Example:
         >>> from gaudi_jax.layers.initializers import leading_widths
@@ -58,7 +55,9 @@ def leading_widths(density: float) -> StructureInit:
     _check_density(density)
 
     def init(key, in_features, out_features, num_blocks, rank):
-        active = jnp.arange(num_blocks) < int(density * num_blocks)
+        full = _full_blocks(density, in_features, out_features, num_blocks, rank)
+        count = int(full) if density is None else round(full)
+        active = jnp.arange(num_blocks) < max(1, count)
         return jnp.tile(active.astype(jnp.float32), (2, 1))
 
     return init
@@ -87,6 +86,15 @@ def spaced_locations() -> StructureInit:
     return lambda key, in_features, out_features, num_blocks, rank: jnp.tile(
         jnp.arange(num_blocks, dtype=jnp.float32) / num_blocks, (2, 1)
     )
+
+
+def _full_blocks(
+    density: float | None, in_features: int, out_features: int, num_blocks: int, rank: int
+) -> float:
+    """Full-size blocks that the density affords, or that cost as much as the dense layer."""
+    if density is not None:
+        return density * num_blocks
+    return min(in_features * out_features / (rank * (in_features + out_features)), num_blocks)
 
 
 def _check_density(density: float | None) -> None:

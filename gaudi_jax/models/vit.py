@@ -81,6 +81,10 @@ class ViTConfig:
         for name in ("image_size", "patch_size", "channels", "num_classes", "width", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if int(self.mlp_ratio * self.width) < 1:
+            raise UserError(
+                f"mlp_ratio={self.mlp_ratio} leaves no hidden features at width={self.width}"
+            )
         if self.depth < 0:
             raise UserError(f"depth={self.depth} must not be negative")
         if self.image_size % self.patch_size:

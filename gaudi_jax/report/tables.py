@@ -11,8 +11,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
     Args:
         summary: the content of a run's `summary.json`. Keys that are missing or None are left out
-            of the text. Accuracies and relative costs are fractions, `seconds` is the time of the
-            run, `versions` maps packages to versions, and `layers` is a list of mappings with
+            of the text. Accuracies and relative costs are fractions, `versions` maps packages
+            to versions, and `layers` is a list of mappings with
             "path", "kind", "in_features", "out_features", "multiplications" and "relative", and
             "applications" if a layer is applied more than once.
 
@@ -45,11 +45,9 @@ def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     get = summary.get
     versions = get("versions") or {}
     return [
-        ("Config", _text(get("config_name"))),
         ("Data", _text(get("data"))),
         ("Seed", _text(get("seed"))),
         ("Steps", _count(get("steps"))),
-        ("Time", _duration(get("seconds"))),
         ("Device", _text(get("device"))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Test accuracy, soft masks", _percent(get("test_accuracy_soft"), 2)),
@@ -96,17 +94,3 @@ def _count(value: float | None) -> str:
 
 def _percent(fraction: float | None, digits: int) -> str:
     return "" if fraction is None else f"{100 * fraction:.{digits}f} %"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )

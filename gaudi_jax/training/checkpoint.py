@@ -237,10 +237,10 @@ class Checkpointer:
         self._manager.reload()
 
     def _best(self, steps: list[int]) -> int:
-        scores = {step: self._scores[step] for step in steps}
-        if max(scores.values()) == -math.inf:
+        best = _best_step({step: self._scores[step] for step in steps})
+        if best is None:
             raise UserError(f"no checkpoint in {self._directory} has a score; ask for a step")
-        return max(scores, key=lambda step: (scores[step], step))
+        return best
 
 
 @dataclasses.dataclass
@@ -251,8 +251,14 @@ class _Best(PreservationPolicy):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = max(steps, key=lambda step: self.scores.get(step, -math.inf), default=None)
+        best = _best_step({step: self.scores.get(step, -math.inf) for step in steps})
         return [step == best for step in steps]
+
+
+def _best_step(scores: Mapping[int, float]) -> int | None:
+    """The step with the highest score, the newest of equals; None where none has a score."""
+    scored = [step for step, score in scores.items() if score > -math.inf]
+    return max(scored, key=lambda step: (scores[step], step), default=None)
 
 
 def _leaves(tree: Any) -> Leaves:

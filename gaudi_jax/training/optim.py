@@ -61,7 +61,7 @@ def gaudi_adamw(
         An optax transformation whose update needs `params`.
 
     Raises:
-        UserError: clip_norm is not positive.
+        UserError: a number is out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,6 +79,19 @@ def gaudi_adamw(
     """
     if clip_norm is not None and not clip_norm > 0:
         raise UserError(f"clip_norm={clip_norm} must be positive; use None for no clipping")
+    for name, value in {"b1": b1, "b2": b2}.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name}={value} is outside [0, 1)")
+    not_negative = {
+        "learning_rate": learning_rate,
+        "structural_learning_rate": structural_learning_rate,
+        "location_learning_rate": location_learning_rate,
+        "weight_decay": weight_decay,
+        "eps": eps,
+    }
+    for name, number in not_negative.items():
+        if isinstance(number, int | float) and number < 0:
+            raise UserError(f"{name}={number} must not be negative")
     if location_learning_rate is None:
         location_learning_rate = structural_learning_rate
     second_moment = scale_by_layer_moment if layer_moment else _scale_by_second_moment

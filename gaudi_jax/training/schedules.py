@@ -18,6 +18,8 @@ def warmup_cosine(
         >>> float(schedule(5)), float(schedule(10)), float(schedule(20))
         (0.5, 1.0, 0.0)
     """
+    if peak < 0:
+        raise UserError(f"the learning rate {peak} must not be negative")
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
             f"warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps}); shorten the "
@@ -37,6 +39,8 @@ def annealed_sigma(start: float, end: float, *, first_step: int, last_step: int)
     """
     if not (start > 0 and end > 0):
         raise UserError(f"sigma from {start} to {end} must be positive")
+    if first_step > last_step:
+        raise UserError(f"sigma must rise between two steps in order: {first_step}, {last_step}")
     if math.isinf(start) or math.isinf(end):
         if start != end:
             raise UserError(f"sigma cannot rise from {start} to {end}; make both infinite")

@@ -58,10 +58,10 @@ def resolve_config(config: ConfigDict, splits: ImageSplits) -> ConfigDict:
 
 
 def check_intervals(config: ConfigDict) -> None:
-    """Checks the numbers that say how often something is done.
+    """Checks the seed and the numbers that say how often something is done.
 
     Raises:
-        UserError: one of them is not positive.
+        UserError: one of them is out of range.
     """
     numbers = {
         "train.steps": config.train.steps,
@@ -73,6 +73,8 @@ def check_intervals(config: ConfigDict) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} is outside [0, 2^32)")
 
 
 def build_model(config: ConfigDict) -> ViT:

@@ -10,8 +10,8 @@ from typing import Any
 from gaudi_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
-#: Keys that say what to do with a run, and not what it is.
-NOT_PART_OF_A_RUN = ("evaluate_only",)
+#: Keys that say what to do with a run, and not what it is: they may change when it goes on.
+NOT_PART_OF_A_RUN = ("evaluate_only", "train.log_every", "checkpoint.keep", "data.verify")
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
@@ -33,18 +33,44 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
         {'seed': 1, 'sigma': {'end': inf}}
     """
     workdir = Path(workdir)
-    own = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
     if (workdir / CONFIG_FILE).exists():
-        _check_same(_flatten(read_config(workdir)), _flatten(_decode(_encode(own))), workdir)
+        check_workdir(workdir, config)
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_encode(own), indent=2, sort_keys=True, allow_nan=False)
+        text = json.dumps(_encode(config), indent=2, sort_keys=True, allow_nan=False)
         write_atomically(workdir / CONFIG_FILE, text + "\n")
     except OSError as error:
         raise UserError(
             f"cannot write to the workdir {workdir} ({error.strerror}); choose another --workdir"
         ) from error
+
+
+def check_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
+    """Checks that a workdir holds the run of a config.
+
+    Args:
+        workdir: directory of a run.
+        config: the config, resolved or not: keys that only the run has are not compared.
+
+    Raises:
+        UserError: it holds no run, or that of another config.
+    """
+    saved, own = _flatten(read_config(workdir)), _flatten(_decode(_encode(config)))
+    missing = object()
+    differing = sorted(
+        key
+        for key, value in own.items()
+        if key not in NOT_PART_OF_A_RUN and saved.get(key, missing) != value
+    )
+    if differing:
+        details = ", ".join(
+            f"{key} is {saved.get(key)!r} there and {own[key]!r} here" for key in differing[:3]
+        )
+        raise UserError(
+            f"workdir {workdir} holds the run of another config ({details}); use another --workdir "
+            "or that run's config"
+        )
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
@@ -96,18 +122,3 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _check_same(saved: dict[str, Any], own: dict[str, Any], workdir: Path) -> None:
-    missing = object()
-    differing = sorted(
-        key for key in saved.keys() | own.keys() if saved.get(key, missing) != own.get(key, missing)
-    )
-    if differing:
-        details = ", ".join(
-            f"{key} is {saved.get(key)!r} there and {own.get(key)!r} here" for key in differing[:3]
-        )
-        raise UserError(
-            f"workdir {workdir} holds the run of another config ({details}); use another --workdir "
-            "or that run's config"
-        )
