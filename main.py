@@ -8,8 +8,9 @@ Run again with the same workdir, it continues where the run stopped.
 """
 
 import logging
+import re
 import sys
-import time
+from datetime import datetime
 from pathlib import Path
 
 import absl.logging
@@ -54,7 +55,7 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
     workdir = flags.DEFINE_string(
         "workdir", None, "Directory of the run; a fresh one under runs/ if it is not given."
     )
-    if not any(word == "--config" or word.startswith("--config=") for word in argv):
+    if not any(re.match(r"--?config(=|$)", word) for word in argv):
         # Not the flag's own default: that would be read, with all overrides, beside another file.
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
@@ -66,7 +67,9 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
         raise UserError(_explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options begin with --")
-    return config.value, workdir.value or time.strftime("runs/%Y%m%d-%H%M%S")
+    # To the millisecond: runs of a sweep may start in the same second.
+    fresh = datetime.now().strftime("runs/%Y%m%d-%H%M%S-%f")[:-3]
+    return config.value, workdir.value or fresh
 
 
 def _explain(error: BaseException) -> str:

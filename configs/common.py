@@ -135,8 +135,12 @@ def use_layer(
     threshold while the mean width exceeds its target.
 
     Raises:
-        UserError: the recipe is unknown.
+        UserError: the recipe is unknown, or the budget is out of range.
     """
+    if args["recipe"] not in ("budget", "paper"):
+        raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
+    if not 0 < args["budget"] <= 1:
+        raise UserError(f"budget={args['budget']} is outside (0, 1]; give a fraction such as 0.3")
     names = {part: args[part] or args["layer"] for part in ("attention", "mlp")}
     gaudi: dict = {"name": "gaudi", "rank": 1, "granularity": 1}
     if "gaudi" not in names.values():
@@ -147,13 +151,11 @@ def use_layer(
             name="threshold", target=paper_target, strength=paper_strength, begin=10 / 300
         )
         gaudi["sigma"] = 1.0
-    elif args["recipe"] == "budget":
+    else:
         # 2 cells of smoothing suit a grid of single features (docs/results.md).
         gaudi.update(backward_smoothing=2.0, locations="spaced")
         config.optimizer.layer_moment = True
         config.controller.update(name="budget", target=args["budget"], floor=0.6 * args["budget"])
-    else:
-        raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
     options = {"gaudi": gaudi, "low_rank": {"name": "low_rank", "budget": args["budget"]}}
     with config.unlocked():
         for part, name in names.items():

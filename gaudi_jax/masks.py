@@ -18,7 +18,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from gaudi_jax.errors import UserError
 
@@ -161,7 +161,7 @@ def block_multiplications(
     *,
     rank: int = 1,
     granularity: tuple[int, int] = (1, 1),
-) -> Float[Array, " B"]:
+) -> Int[Array, " B"]:
     """Multiplications per input vector of each block, counted on the exact boxcars.
 
     A block whose intervals are a and b features long costs min(rank (a + b), a b): its factors are
@@ -176,23 +176,23 @@ def block_multiplications(
         granularity: grid cell of each axis, in features.
 
     Returns:
-        Multiplications, shape (B,), float32.
+        Multiplications, shape (B,), int32 (exact up to 2^31).
 
     Example:
         >>> import jax.numpy as jnp
         >>> from gaudi_jax.masks import block_multiplications
         >>> block_multiplications(jnp.array([[1.0, 0.5, 0.0], [1.0, 0.25, 1.0]]), 8, 8)
-        Array([16.,  6.,  0.], dtype=float32)
+        Array([16,  6,  0], dtype=int32)
     """
     zeros = jnp.zeros_like(widths[0])
     _, a = intervals(widths[0], zeros, in_features, granularity=granularity[0])
     _, b = intervals(widths[1], zeros, out_features, granularity=granularity[1])
-    return interval_multiplications(a.astype(jnp.float32), b.astype(jnp.float32), rank)
+    return interval_multiplications(a, b, rank)
 
 
 def interval_multiplications(
-    a: Float[Array, "*B"], b: Float[Array, "*B"], rank: int | Array
-) -> Float[Array, "*B"]:
+    a: Num[Array, "*B"], b: Num[Array, "*B"], rank: int | Array
+) -> Num[Array, "*B"]:
     """Multiplications of blocks whose intervals are a and b features long: min(r (a + b), a b).
 
     Example:

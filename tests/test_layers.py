@@ -353,3 +353,15 @@ def test_factory_takes_the_largest_divisor_on_each_axis():
     layer = linear_factory({"name": "gaudi", "granularity": 16})(48, 40, rngs=nnx.Rngs(0))
     assert layer.granularity == (16, 10)
     assert largest_divisor(7, 5) == 1
+
+
+def test_equal_options_make_equal_graphs():
+    options = {"name": "gaudi", "granularity": 4}
+    assert linear_factory(options) == linear_factory(dict(options))
+    assert linear_factory(options) != linear_factory({"name": "gaudi", "granularity": 2})
+
+
+def test_multiplications_of_large_layers_are_exact():
+    layer = nnx.eval_shape(lambda: GaudiLinear(4096, 8192, rngs=nnx.Rngs(0)))
+    layer.widths.set_value(jnp.ones((2, 4096)).at[0, 0].set(1 / 4096))
+    assert int(layer.multiplications()) == 4095 * (4096 + 8192) + 8192

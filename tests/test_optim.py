@@ -11,6 +11,7 @@ from flax import nnx
 from gaudi_jax import GaudiLinear, gaudi_adamw
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import Location, Width
+from gaudi_jax.masks import block_multiplications
 from gaudi_jax.training import controllers
 from gaudi_jax.training.optim import layer_sizes
 from gaudi_jax.training.schedules import annealed_sigma, falling_budget, warmup_cosine
@@ -370,3 +371,46 @@ def test_infinite_sigma_is_constant():
     sigma = annealed_sigma(np.inf, np.inf, first_step=0, last_step=10)
     assert np.isinf(sigma(0))
     assert np.isinf(sigma(20))
+
+
+def test_parameters_inside_lists_and_dicts_are_labelled_by_their_owner():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.scales = nnx.List([nnx.Param(jnp.ones(3))])
+            self.layers = nnx.Dict(first=GaudiLinear(4, 4, rngs=nnx.Rngs(0)))
+
+    model = Model()
+    tx = gaudi_adamw(model, learning_rate=0.0, structural_learning_rate=0.0, weight_decay=0.5)
+    params = nnx.state(model, nnx.Param)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    assert all(float(jnp.abs(update).max()) == 0 for update in jax.tree.leaves(updates))
+
+
+def test_stacked_gaudi_layers_are_refused_by_name():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs):
+        return GaudiLinear(4, 4, rngs=rngs)
+
+    with pytest.raises(UserError, match="stacked widths of shape"):
+        layer_sizes(stack(nnx.Rngs(0)))
+
+
+def test_the_budget_is_kept_even_where_floors_in_whole_cells_cost_more():
+    # One block of one cell a side is the least that a floor can leave: a quarter of the layer.
+    sizes = {
+        ("a",): controllers.LayerSize(1, (8, 8), (8, 8)),
+        ("b",): controllers.LayerSize(1, (8, 8), (1, 1)),
+    }
+    controller = controllers.budget_controller(0.2, floor=0.15)(sizes)
+    params = {name: {"widths": jnp.ones((2, 8))} for name in "ab"}
+    updates, _ = controller.update(
+        jax.tree.map(jnp.zeros_like, params), controller.init(params), params
+    )
+    widths = jax.tree.map(jnp.add, params, updates)
+    cost = sum(
+        float(block_multiplications(widths[n]["widths"], 8, 8, granularity=s.granularity).sum())
+        for n, s in zip("ab", sizes.values(), strict=True)
+    )
+    assert cost <= 0.2 * 128

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gaudi_jax.errors import UserError
 
@@ -53,7 +53,7 @@ class StructuredLinear(nnx.Module):
         """The dense kernel that the layer stands for, in its parameters' dtype."""
 
     @abstractmethod
-    def multiplications(self) -> Float[Array, ""]:
+    def multiplications(self) -> Int[Array, ""]:
         """Multiplications per input vector, bias apart."""
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """Linear layers by name and options: how models and configs choose their layers."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,13 +19,12 @@ LinearFactory = Callable[..., nnx.Module]
 def linear_factory(options: Mapping[str, Any]) -> LinearFactory:
     """Builds the factory of linear layers that a config section describes.
 
-    Args:
-        options: ``name`` ("dense", "gaudi" or "low_rank") and the layer's own options:
+    Factories of equal options are equal, so that two models made from one config have the same
+    graph and share their compiled functions.
 
-            * gaudi: rank, granularity (the largest divisor of each axis not above it is taken),
-              sigma, round_to_grid, backward_smoothing, widths ("split" or "leading"), density
-              (of either; None for the dense cost), locations ("zero" or "spaced").
-            * low_rank: either `rank`, or `budget`, the multiplications as a fraction of in·out.
+    Args:
+        options: ``name`` ("dense", "gaudi" or "low_rank") and the options of that layer: the fields
+            of `GaudiFactory` or `LowRankFactory`.
 
     Returns:
         A function ``(in_features, out_features, *, dtype, param_dtype, rngs) -> layer``.
@@ -42,14 +42,15 @@ def linear_factory(options: Mapping[str, Any]) -> LinearFactory:
     name = options.pop("name", None)
     if name not in _FACTORIES:
         raise UserError(f"unknown layer {name!r}; the layers are {', '.join(sorted(_FACTORIES))}")
-    build, known = _FACTORIES[name]
-    unknown = sorted(set(options) - known)
+    factory = _FACTORIES[name]
+    known = [field.name for field in dataclasses.fields(factory)]
+    unknown = sorted(set(options) - set(known))
     if unknown:
         raise UserError(
             f"layer {name!r} has no option {unknown[0]!r}; its options are "
-            f"{', '.join(sorted(known)) or 'none'}"
+            f"{', '.join(known) or 'none'}"
         )
-    return build(**options)
+    return factory(**options)
 
 
 def largest_divisor(n: int, at_most: int) -> int:
@@ -65,95 +66,144 @@ def largest_divisor(n: int, at_most: int) -> int:
     return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
 
 
-def _dense() -> LinearFactory:
-    return nnx.Linear
+@dataclasses.dataclass(frozen=True)
+class DenseFactory:
+    """Makes dense layers."""
+
+    def __call__(self, in_features: int, out_features: int, **kwargs: Any) -> nnx.Linear:
+        """A dense layer."""
+        return nnx.Linear(in_features, out_features, **kwargs)
 
 
-def _low_rank(rank: int | None = None, budget: float | None = None) -> LinearFactory:
-    if (rank is None) == (budget is None):
-        raise UserError(f"layer 'low_rank' needs rank or budget, not both: {rank=}, {budget=}")
-    if budget is not None and not budget > 0:
-        raise UserError(f"budget={budget} must be positive; give a fraction of in·out")
+@dataclasses.dataclass(frozen=True)
+class LowRankFactory:
+    """Makes low-rank layers.
 
-    def build(in_features: int, out_features: int, **kwargs: Any) -> LowRankLinear:
-        if rank is not None:
-            return LowRankLinear(in_features, out_features, rank=rank, **kwargs)
-        assert budget is not None  # one of the two is given, see above
-        affordable = int(budget * in_features * out_features / (in_features + out_features))
-        if affordable < 1:
+    Attributes:
+        rank: of every layer; or
+        budget: multiplications of every layer as a fraction of in·out.
+
+    Raises:
+        UserError: not exactly one is given, or it is out of range.
+    """
+
+    rank: int | None = None
+    budget: float | None = None
+
+    def __post_init__(self):
+        """Checks the fields."""
+        if (self.rank is None) == (self.budget is None):
             raise UserError(
-                f"budget={budget} of a {in_features}x{out_features} layer is less than rank 1; "
-                f"give at least {(in_features + out_features) / (in_features * out_features):.4f}"
+                "layer 'low_rank' needs rank or budget, not both: "
+                f"rank={self.rank}, budget={self.budget}"
             )
-        return LowRankLinear(
-            in_features, out_features, rank=min(affordable, in_features, out_features), **kwargs
+        if self.budget is not None and not self.budget > 0:
+            raise UserError(f"budget={self.budget} must be positive; give a fraction of in·out")
+
+    def __call__(self, in_features: int, out_features: int, **kwargs: Any) -> LowRankLinear:
+        """A low-rank layer."""
+        rank = self.rank
+        if rank is None:
+            rank = affordable_rank(in_features, out_features, self.budget or 0.0)
+        return LowRankLinear(in_features, out_features, rank=rank, **kwargs)
+
+
+def affordable_rank(in_features: int, out_features: int, budget: float) -> int:
+    """The rank of a low-rank layer under a budget, at most that of any matrix.
+
+    Args:
+        in_features: features of the input.
+        out_features: features of the output.
+        budget: multiplications as a fraction of in·out.
+
+    Raises:
+        UserError: the budget is less than rank 1.
+
+    Example:
+        >>> from gaudi_jax.layers.factory import affordable_rank
+        >>> affordable_rank(768, 768, 0.25)
+        96
+    """
+    affordable = int(budget * in_features * out_features / (in_features + out_features))
+    if affordable < 1:
+        raise UserError(
+            f"budget={budget} of a {in_features}x{out_features} layer is less than rank 1; "
+            f"give at least {(in_features + out_features) / (in_features * out_features):.4f}"
         )
+    return min(affordable, in_features, out_features)
 
-    return build
 
+@dataclasses.dataclass(frozen=True)
+class GaudiFactory:
+    """Makes Gaudi layers.
 
-def _gaudi(
-    rank: int = 1,
-    granularity: int = 1,
-    sigma: float = math.inf,
-    round_to_grid: bool = True,
-    backward_smoothing: float = 0.0,
-    widths: str = "split",
-    density: float | None = None,
-    locations: str = "zero",
-) -> LinearFactory:
-    width_init = _width_init(widths, density)
-    location_inits = {
-        "zero": initializers.zero_locations(),
-        "spaced": initializers.spaced_locations(),
-    }
-    if locations not in location_inits:
-        raise UserError(f"unknown initial locations {locations!r}; use 'zero' or 'spaced'")
+    Attributes:
+        rank: columns of each block.
+        granularity: grid cell in features; each axis takes its largest divisor not above it.
+        sigma: initial sigma of the masks; infinity for hard masks.
+        round_to_grid: whether masks are rounded in training too.
+        backward_smoothing: of the masks' derivative, in cells.
+        widths: initial widths, "split" or "leading".
+        density: of either; None for the dense cost.
+        locations: initial locations, "zero" or "spaced".
 
-    def build(in_features: int, out_features: int, **kwargs: Any) -> GaudiLinear:
+    Raises:
+        UserError: a choice is unknown, or the density is missing or out of range.
+    """
+
+    rank: int = 1
+    granularity: int = 1
+    sigma: float = math.inf
+    round_to_grid: bool = True
+    backward_smoothing: float = 0.0
+    widths: str = "split"
+    density: float | None = None
+    locations: str = "zero"
+
+    def __post_init__(self):
+        """Checks the choices."""
+        self._width_init()
+        self._location_init()
+
+    def __call__(self, in_features: int, out_features: int, **kwargs: Any) -> GaudiLinear:
+        """A Gaudi layer."""
         return GaudiLinear(
             in_features,
             out_features,
-            rank=rank,
+            rank=self.rank,
             granularity=(
-                largest_divisor(in_features, granularity),
-                largest_divisor(out_features, granularity),
+                largest_divisor(in_features, self.granularity),
+                largest_divisor(out_features, self.granularity),
             ),
-            sigma=sigma,
-            round_to_grid=round_to_grid,
-            backward_smoothing=backward_smoothing,
-            width_init=width_init,
-            location_init=location_inits[locations],
+            sigma=self.sigma,
+            round_to_grid=self.round_to_grid,
+            backward_smoothing=self.backward_smoothing,
+            width_init=self._width_init(),
+            location_init=self._location_init(),
             **kwargs,
         )
 
-    return build
+    def _width_init(self) -> initializers.StructureInit:
+        if self.widths == "split":
+            return initializers.split_widths(self.density)
+        if self.widths == "leading":
+            if self.density is None:
+                raise UserError(
+                    "initial widths 'leading' need a density; give a fraction in (0, 1]"
+                )
+            return initializers.leading_widths(self.density)
+        raise UserError(f"unknown initial widths {self.widths!r}; use 'split' or 'leading'")
+
+    def _location_init(self) -> initializers.StructureInit:
+        if self.locations == "zero":
+            return initializers.zero_locations()
+        if self.locations == "spaced":
+            return initializers.spaced_locations()
+        raise UserError(f"unknown initial locations {self.locations!r}; use 'zero' or 'spaced'")
 
 
-def _width_init(widths: str, density: float | None) -> initializers.StructureInit:
-    if widths == "split":
-        return initializers.split_widths(density)
-    if widths == "leading":
-        if density is None:
-            raise UserError("initial widths 'leading' need a density; give a fraction in (0, 1]")
-        return initializers.leading_widths(density)
-    raise UserError(f"unknown initial widths {widths!r}; use 'split' or 'leading'")
-
-
-_FACTORIES: dict[str, tuple[Callable[..., LinearFactory], set[str]]] = {
-    "dense": (_dense, set()),
-    "low_rank": (_low_rank, {"rank", "budget"}),
-    "gaudi": (
-        _gaudi,
-        {
-            "rank",
-            "granularity",
-            "sigma",
-            "round_to_grid",
-            "backward_smoothing",
-            "widths",
-            "density",
-            "locations",
-        },
-    ),
+_FACTORIES: dict[str, Any] = {
+    "dense": DenseFactory,
+    "low_rank": LowRankFactory,
+    "gaudi": GaudiFactory,
 }

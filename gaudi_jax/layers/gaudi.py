@@ -1,12 +1,12 @@
 """Gaudi-GBLR linear layer: a sum of low-rank blocks whose places and sizes are learned."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.base import (
@@ -131,6 +131,10 @@ class GaudiLinear(StructuredLinear):
         pair = (cell_in, cell_out)
         for size, cell in zip((in_features, out_features), pair, strict=True):
             num_cells(size, cell)
+        if mask_method not in get_args(Method):
+            raise UserError(f"unknown mask_method {mask_method!r}; use auto, fft or table")
+        if mask_method == "table" and not round_to_grid:
+            raise UserError("mask_method='table' needs round_to_grid=True; use 'fft' or 'auto'")
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
@@ -297,7 +301,7 @@ class GaudiLinear(StructuredLinear):
         left, right = self.factors()
         return left.T @ right
 
-    def multiplications(self) -> Float[Array, ""]:
+    def multiplications(self) -> Int[Array, ""]:
         """Multiplications per input vector, counted on the exact boxcars whatever sigma is."""
         return block_multiplications(
             self.widths[...],

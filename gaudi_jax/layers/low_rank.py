@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.base import (
@@ -89,10 +89,10 @@ class LowRankLinear(StructuredLinear):
         """The dense kernel, shape (in_features, out_features)."""
         return self.v[...].T @ self.u[...]
 
-    def multiplications(self) -> Float[Array, ""]:
+    def multiplications(self) -> Int[Array, ""]:
         """Multiplications per input vector: factors in sequence, or composed if that is less."""
         n_in, n_out = self.in_features, self.out_features
-        return jnp.float32(min(self.rank * (n_in + n_out), n_in * n_out))
+        return jnp.int32(min(self.rank * (n_in + n_out), n_in * n_out))
 
     def product(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
         """The product ``x @ kernel()``."""

@@ -118,13 +118,16 @@ def budget_controller(
 
     At each step the smallest τ is found (by bisection) with which soft-thresholding the widths
     brings the multiplications of all structured layers together, counted on rounded widths, under
-    ``target(step)`` times their dense multiplications.
+    ``target(step)`` times their dense multiplications. Widths that are equal fall together: where
+    many are (at the start, on a coarse grid) the cost may land below the budget.
 
     Args:
         target: fraction of the dense multiplications, in (0, 1] if a number, or a schedule.
         price_by_axis: the threshold of a width is ``τ rank n_axis / mean(rank n_axis)``, the
             proximal step of τ times the multiplications; otherwise it is τ for all.
-        floor: no layer is pushed below this fraction of its dense multiplications; in [0, 1).
+        floor: no layer is pushed below this fraction of its dense multiplications, in [0, 1),
+            unless the budget cannot be kept otherwise (floors are kept in whole grid cells, which
+            may add up to more than the budget on a coarse grid).
 
     Raises:
         UserError: target or floor is out of range, or the floor is not below the target.
@@ -206,7 +209,9 @@ def _budget_thresholds(
             def above_floor(tau):
                 return multiplications(tau) >= floor * dense
 
-            cap, _ = _bisect(above_floor, jnp.zeros_like(everything), everything)
+            floors, _ = _bisect(above_floor, jnp.zeros_like(everything), everything)
+            keeps_budget = multiplications(floors).sum() <= goal * dense.sum()
+            cap = jnp.where(keeps_budget, floors, everything)
 
         def too_much(tau):
             return multiplications(jnp.minimum(tau, cap)).sum() > goal * dense.sum()

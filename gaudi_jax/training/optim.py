@@ -127,12 +127,22 @@ def layer_sizes(model: nnx.Module) -> LayerSizes:
         >>> from gaudi_jax.training.optim import layer_sizes
         >>> layer_sizes(GaudiLinear(8, 4, rngs=nnx.Rngs(0)))
         {(): LayerSize(rank=1, features=(8, 4), granularity=(1, 1))}
+
+    Raises:
+        UserError: a Gaudi layer's parameters are stacked (by `nnx.vmap` or `nnx.scan`).
     """
-    return {
-        path: LayerSize(module.rank, (module.in_features, module.out_features), module.granularity)
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, GaudiLinear)
-    }
+    sizes = {}
+    for path, module in nnx.iter_modules(model):
+        if not isinstance(module, GaudiLinear):
+            continue
+        if module.widths.ndim != 2:
+            raise UserError(
+                f"GaudiLinear {'/'.join(map(str, path))} has stacked widths of shape "
+                f"{module.widths.shape}; the optimizer needs the layers one by one, in an nnx.List"
+            )
+        features = (module.in_features, module.out_features)
+        sizes[path] = LayerSize(module.rank, features, module.granularity)
+    return sizes
 
 
 class LayerMomentState(NamedTuple):
@@ -182,10 +192,8 @@ class _Labels:
 
     def __init__(self, model: nnx.Module):
         self._labels: dict[tuple, str] = {}
-        for path, module in nnx.iter_modules(model):
-            for name, variable in vars(module).items():
-                if isinstance(variable, nnx.Param):
-                    self._labels[(*path, name)] = _label(module, name, variable)
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            self._labels[path] = _label(_at(model, path[:-1]), path[-1], variable)
 
     def __call__(self, params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(self._label_of, params)
@@ -200,7 +208,14 @@ class _Labels:
         return self._labels[names(path)]
 
 
-def _label(module: nnx.Module, name: str, variable: nnx.Param) -> str:
+def _at(node: Any, path: tuple) -> Any:
+    """What lies at a path of attributes and of items of lists and dicts."""
+    for key in path:
+        node = getattr(node, key) if isinstance(key, str) and hasattr(node, key) else node[key]
+    return node
+
+
+def _label(module: Any, name: Any, variable: nnx.Param) -> str:
     if isinstance(variable, Width):
         return "width"
     if isinstance(variable, Location):
