@@ -2,6 +2,7 @@
 
 from gaudi_jax import masks, models
 from gaudi_jax.cost import cost
+from gaudi_jax.decomposition import decompose
 from gaudi_jax.layers import GaudiLinear, LowRankLinear, Structural
 from gaudi_jax.training.load import load
 from gaudi_jax.training.optim import gaudi_adamw
@@ -11,6 +12,7 @@ __all__ = [
     "LowRankLinear",
     "Structural",
     "cost",
+    "decompose",
     "gaudi_adamw",
     "load",
     "masks",

@@ -144,27 +144,6 @@ def factored_product(
     return _dot(_dot(x, left, 1, None), right, 0, out_sharding)
 
 
-def svd_factors(
-    kernel: Float[Array, "in out"], rank: int
-) -> tuple[Float[Array, "rank in"], Float[Array, "rank out"]]:
-    """Factors (left, right) of the truncated SVD: left.T @ right, singular values shared evenly.
-
-    Args:
-        kernel: dense kernel, shape (in, out).
-        rank: number of components kept, at most min(in, out).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from gaudi_jax.layers.base import svd_factors
-        >>> left, right = svd_factors(jnp.diag(jnp.array([3.0, 1.0])), rank=1)
-        >>> bool(jnp.allclose(left.T @ right, jnp.diag(jnp.array([3.0, 0.0])), atol=1e-5))
-        True
-    """
-    u, s, vt = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
-    root = jnp.sqrt(s[:rank])
-    return root[:, None] * u[:, :rank].T, root[:, None] * vt[:rank]
-
-
 def _dot(x: Array, matrix: Array, contract: int, out_sharding: Any) -> Array:
     """Contracts the last axis of x with axis `contract` of a matrix."""
     return jax.lax.dot_general(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from gaudi_jax.decomposition.low_rank import svd_factors
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.base import (
     KernelInit,
@@ -13,7 +14,6 @@ from gaudi_jax.layers.base import (
     default_bias_init,
     default_kernel_init,
     factored_product,
-    svd_factors,
 )
 
 

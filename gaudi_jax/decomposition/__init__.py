@@ -1,0 +1,6 @@
+"""Dense kernels as sums of blocks of low rank under a budget of multiplications."""
+
+from gaudi_jax.decomposition.decompose import Factors, decompose, relative_error
+from gaudi_jax.decomposition.low_rank import svd_factors
+
+__all__ = ["Factors", "decompose", "relative_error", "svd_factors"]

@@ -1,0 +1,235 @@
+"""From a dense kernel to blocks: factors, widths and locations under a multiplication budget."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gaudi_jax.decomposition.axes import Axis, PlainAxis, WeightedAxis
+from gaudi_jax.decomposition.low_rank import regularise
+from gaudi_jax.decomposition.search import search, squared_error, svd_blocks
+from gaudi_jax.decomposition.sweeps import Axes, Blocks
+from gaudi_jax.errors import UserError
+from gaudi_jax.masks import block_multiplications, num_cells
+
+#: Rounds of the search at default effort.
+ROUNDS = 40
+#: A weighted axis of more features is searched from the plain result, in a fraction of the rounds:
+#: each step on it costs n² instead of n.
+LARGE_AXIS = 1024
+LARGE_AXIS_ROUNDS = 1 / 10
+
+
+class Factors(NamedTuple):
+    """Blocks of a kernel, as `gaudi_jax.GaudiLinear.from_blocks` takes them.
+
+    Attributes:
+        v: input factors, shape (B, rank, in), zero outside the intervals.
+        u: output factors, shape (B, rank, out), likewise.
+        widths: fractions of the axes, shape (2, B), on the grid; 0 for blocks that are not used.
+        locations: fractions of the axes, shape (2, B), on the grid.
+    """
+
+    v: Float[Array, "B rank in"]
+    u: Float[Array, "B rank out"]
+    widths: Float[Array, "2 B"]
+    locations: Float[Array, "2 B"]
+
+    def kernel(self) -> Float[Array, "in out"]:
+        """The sum of the blocks, shape (in, out)."""
+        return jnp.einsum("...brn,...brm->...nm", self.v, self.u)
+
+    def multiplications(self) -> Array:
+        """Multiplications per input vector, as `gaudi_jax.GaudiLinear` counts them."""
+        *_, rank, n = self.v.shape
+        count = functools.partial(
+            block_multiplications, in_features=n, out_features=self.u.shape[-1], rank=rank
+        )
+        for _ in range(self.v.ndim - 3):
+            count = jax.vmap(count)
+        return count(self.widths).sum(axis=-1)
+
+
+def decompose(
+    kernel: Float[Array, "*batch in out"],
+    budget: float,
+    *,
+    rank: int = 1,
+    granularity: int | tuple[int, int] = 1,
+    second_moment: Float[Array, "*batch in in"] | None = None,
+    rounds: int = ROUNDS,
+    key: Array | None = None,
+) -> Factors:
+    """Approximates a kernel by blocks of low rank whose places and sizes are found by search.
+
+    Pursuit finds promising blocks in the residual, exact coordinate descent refits every block and
+    its windows, and a price per multiplication steers their cost onto the budget, which is never
+    exceeded. The result is never worse than the truncated SVD under the same budget (with a second
+    moment: than the whitened SVD), which is taken where the search finds nothing better.
+
+    Deterministic for a key. Works under `jax.jit` and `jax.vmap`; kernels of one shape may also be
+    stacked on leading axes, and are then searched together.
+
+    Args:
+        kernel: dense kernel, shape (..., in, out).
+        budget: multiplications as a fraction of in·out; above 1 is allowed.
+        rank: columns of each block.
+        granularity: grid cell of the intervals in features: a number, or a pair (input, output).
+            Each divides its axis.
+        second_moment: E[x xᵀ] of the layer's inputs, shape (..., in, in): the search then minimises
+            ``E|x (W - Ŵ)|²`` instead of ``|W - Ŵ|²``. Remove the inputs' mean into the bias first.
+        rounds: effort; time is proportional to it.
+        key: random key; None for a fixed one.
+
+    Returns:
+        ⌊min(in, out) / rank⌋ blocks, of which those in use come first, in float32.
+
+    Raises:
+        UserError: the budget is less than one block of one cell a side, the kernel or the second
+            moment is not finite or has the wrong shape, or rank or granularity do not fit.
+
+    Example:
+        A matrix with one block of rank 1, which costs 16 of 256 multiplications:
+
+        >>> import jax.numpy as jnp
+        >>> import gaudi_jax
+        >>> kernel = jnp.zeros((16, 16)).at[2:10, 8:].set(1.0)
+        >>> factors = gaudi_jax.decompose(kernel, 0.1)
+        >>> int(factors.multiplications())
+        16
+        >>> bool(jnp.allclose(factors.kernel(), kernel, atol=1e-4))
+        True
+    """
+    *batch, n, m = _check_matrices("kernel", kernel)
+    cell = _check_structure(n, m, budget, rank, granularity, rounds)
+    if second_moment is not None:
+        wanted = (*batch, n, n)
+        if _check_matrices("second_moment", second_moment) != wanted:
+            raise UserError(
+                f"second_moment of shape {second_moment.shape} does not fit a kernel of shape "
+                f"{kernel.shape}; it must have shape {wanted}"
+            )
+    run = functools.partial(_decompose, rank=rank, cell=cell, rounds=rounds)
+    key = jax.random.key(0) if key is None else key
+    goal = jnp.float32(math.floor(budget * n * m))
+    if second_moment is None:
+        one = lambda kernel: run(kernel, None, goal, key)  # noqa: E731
+        for _ in batch:
+            one = jax.vmap(one)
+        return one(kernel)
+    both = lambda kernel, moment: run(kernel, moment, goal, key)  # noqa: E731
+    for _ in batch:
+        both = jax.vmap(both)
+    return both(kernel, second_moment)
+
+
+def relative_error(
+    kernel: Float[Array, "in out"],
+    approximation: Float[Array, "in out"],
+    second_moment: Float[Array, "in in"] | None = None,
+) -> Float[Array, ""]:
+    """Root of the share of the kernel's energy that an approximation misses.
+
+    Args:
+        kernel: dense kernel W, shape (in, out).
+        approximation: Ŵ, likewise.
+        second_moment: C = E[x xᵀ] of the inputs, shape (in, in); None for the identity.
+
+    Returns:
+        ``sqrt(tr((W - Ŵ)ᵀ C (W - Ŵ)) / tr(Wᵀ C W))``; 0 where W is 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.decomposition import relative_error
+        >>> float(relative_error(jnp.eye(2), jnp.diag(jnp.array([1.0, 0.0])))).__round__(3)
+        0.707
+    """
+
+    def energy(x):
+        return (x * (x if second_moment is None else second_moment @ x)).sum()
+
+    total = energy(kernel)
+    return jnp.sqrt(jnp.maximum(energy(kernel - approximation), 0) / jnp.maximum(total, 1e-30))
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "cell", "rounds"))
+def _decompose(
+    kernel: Array,
+    second_moment: Array | None,
+    goal: Array,
+    key: Array,
+    *,
+    rank: int,
+    cell: tuple[int, int],
+    rounds: int,
+) -> Factors:
+    # Accelerators would multiply in fewer bits, and small differences of large numbers matter.
+    with jax.default_matmul_precision("highest"):
+        kernel = kernel.astype(jnp.float32)
+        n, m = kernel.shape
+        plain = PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1])
+        axes = Axes(*plain)
+        empty = Blocks.empty(min(n, m) // rank, rank, (n, m))
+        begin = empty
+        if second_moment is not None:
+            moment = regularise(second_moment.astype(jnp.float32))
+            weighted: Axis = WeightedAxis.of(moment, n // cell[0])
+            if n > LARGE_AXIS:
+                begin = search(kernel, goal, key, axes, begin, rounds)
+                rounds = math.ceil(LARGE_AXIS_ROUNDS * rounds)
+            axes = Axes(weighted, plain[1])
+        svd = svd_blocks(kernel, goal, axes, rank)
+        found = [svd, search(kernel, goal, key, axes, begin, rounds)]
+        if rank > 1 or max(cell) > 1:
+            # Where windows are coarse or tie columns together, blocks of full width are the better
+            # start for kernels without local structure.
+            found.append(search(kernel, goal, key, axes, svd, max(1, rounds // 2)))
+        errors = jnp.stack([squared_error(kernel, blocks, axes) for blocks in found])
+        best = jnp.argmin(errors)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+        return _factors(jax.tree.map(lambda leaf: leaf[best], stacked), axes)
+
+
+def _factors(blocks: Blocks, axes: Axes) -> Factors:
+    """The blocks with factors of equal norms, and intervals as fractions."""
+    blocks = blocks.live_first()
+    norms = [jnp.sqrt(jnp.square(x).sum((1, 2), keepdims=True)) for x in (blocks.v, blocks.u)]
+    ratio = jnp.sqrt(jnp.maximum(norms[1], 1e-30) / jnp.maximum(norms[0], 1e-30))
+    cells = jnp.array([axis.cells for axis in axes], jnp.float32)[:, None]
+    return Factors(blocks.v * ratio, blocks.u / ratio, blocks.length / cells, blocks.start / cells)
+
+
+def _check_matrices(name: str, matrices: Array) -> tuple[int, ...]:
+    shape = jnp.shape(matrices)
+    if len(shape) < 2 or 0 in shape:
+        raise UserError(f"{name} of shape {shape} is no matrix; give one of shape (in, out)")
+    concrete = not isinstance(matrices, jax.core.Tracer)
+    if concrete and not np.isfinite(np.asarray(matrices, np.float32)).all():
+        raise UserError(f"{name} of shape {shape} holds NaN or infinity; mend the model first")
+    return shape
+
+
+def _check_structure(
+    n: int, m: int, budget: float, rank: int, granularity: int | tuple[int, int], rounds: int
+) -> tuple[int, int]:
+    """Checks the options; returns the grid cells of both axes."""
+    if np.shape(granularity) not in ((), (2,)) or np.any(np.mod(granularity, 1)):
+        raise UserError(f"granularity={granularity} must be a whole number, or a pair of them")
+    cell_in, cell_out = (int(cell) for cell in np.broadcast_to(granularity, 2))
+    num_cells(n, cell_in)
+    num_cells(m, cell_out)
+    if not 1 <= rank <= min(n, m):
+        raise UserError(f"rank={rank} of a {n}x{m} kernel must lie in [1, {min(n, m)}]")
+    if rounds < 1:
+        raise UserError(f"rounds={rounds} must be at least 1")
+    least = min(rank * (cell_in + cell_out), cell_in * cell_out) / (n * m)
+    if not least <= budget < math.inf:
+        raise UserError(
+            f"budget={budget} of a {n}x{m} kernel is not at least {least:.4g}, one block of rank "
+            f"{rank} and of one cell a side; give a larger fraction of in·out"
+        )
+    return cell_in, cell_out

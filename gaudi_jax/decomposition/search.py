@@ -1,0 +1,193 @@
+"""The search: pursuit and coordinate descent while a price steers the cost to the budget."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from gaudi_jax.decomposition.axes import WeightedAxis
+from gaudi_jax.decomposition.low_rank import svd_factors
+from gaudi_jax.decomposition.pursuit import add_blocks
+from gaudi_jax.decomposition.sweeps import Axes, Blocks, orthonormalise, sweep
+from gaudi_jax.decomposition.windows import window_mask
+
+#: The first price over the energy per multiplication of the first component beyond the budget.
+FIRST_PRICE = 16.0
+#: Share of the slots that one round may fill.
+SHARE = 0.06
+SWEEPS = 2
+#: The search aims above the budget; landing takes the excess off.
+AIM = 1.01
+#: Before the first overshoot the price falls by the second factor a round, and by the first one
+#: where the last round added less than PLATEAU of the budget.
+FAST, SLOW, PLATEAU = 0.6, 0.85, 0.02
+#: Shares of the excess that remain after each stage of landing, and the refits that follow it.
+STAGES = ((0.66, 3), (0.33, 3), (0.0, 3), (0.0, 20))
+BISECTIONS = 30
+
+
+def search(
+    kernel: Float[Array, "in out"],
+    budget: Float[Array, ""],
+    key: Array,
+    axes: Axes,
+    begin: Blocks,
+    rounds: int,
+) -> Blocks:
+    """Blocks for a kernel under a budget, from given ones.
+
+    Args:
+        kernel: dense kernel.
+        budget: multiplications that the blocks may cost together.
+        key: random key.
+        axes: both axes.
+        begin: blocks to start from, those in use first; none of them for a search from nothing.
+        rounds: of pursuit, sweeps and a new price.
+
+    Returns:
+        Blocks that cost no more than the budget.
+    """
+    slots, rank, _ = begin.v.shape
+    limit = max(1, int(SHARE * slots))
+
+    def round_step(i, carry):
+        blocks, price, overshot, used = carry
+        error = weighed_error(kernel, blocks, axes)
+        added, count = add_blocks(
+            jax.random.fold_in(key, i), error, blocks, blocks.live.sum(), price, axes, limit
+        )
+        blocks = added
+        for _ in range(SWEEPS):
+            error, blocks = sweep(error, blocks, count, price, axes)
+        blocks = blocks.live_first()
+        now = axes.multiplications(blocks.length, rank) / (AIM * budget)
+        overshot = overshot | (now > 1)
+        steer = jnp.where(now > 1, jnp.minimum(1.5, now**2), jnp.maximum(0.7, now**2))
+        fall = jnp.where(now - used < PLATEAU, FAST, SLOW)
+        return blocks, price * jnp.where(overshot, steer, fall), overshot, now
+
+    started = begin.live.any()
+    first = jnp.where(started, _warm_price(begin, axes), _cold_price(kernel, budget, axes))
+    blocks, *_ = lax.fori_loop(0, rounds, round_step, (begin, first, started, jnp.float32(0)))
+    return _land(kernel, budget, blocks, axes)
+
+
+def svd_blocks(
+    kernel: Float[Array, "in out"], budget: Float[Array, ""], axes: Axes, rank: int
+) -> Blocks:
+    """The truncated (with a weighted axis, whitened) SVD under the budget, in full-width blocks."""
+    n, m = kernel.shape
+    slots = min(n, m) // rank
+    left, right = svd_factors(kernel, slots * rank, second_moment=_second_moment(axes))
+    affordable = (budget / (n + m)).astype(jnp.int32)
+    kept = (jnp.arange(slots * rank) < affordable // rank * rank).reshape(slots, rank, 1)
+    cells = jnp.array([axes.input.cells, axes.output.cells])[:, None]
+    return Blocks(
+        jnp.where(kept, left.reshape(slots, rank, n), 0),
+        jnp.where(kept, right.reshape(slots, rank, m), 0),
+        jnp.zeros((2, slots), jnp.int32),
+        jnp.where(kept[:, 0, 0], cells, 0),
+    )
+
+
+def weighed_error(kernel: Float[Array, "in out"], blocks: Blocks, axes: Axes) -> Array:
+    """The product C (W - Ŵ)."""
+    return axes.input.weigh((kernel - blocks.kernel()).T).T
+
+
+def squared_error(kernel: Float[Array, "in out"], blocks: Blocks, axes: Axes) -> Array:
+    """The squared error ``tr((W - Ŵ)ᵀ C (W - Ŵ))``."""
+    error = kernel - blocks.kernel()
+    return (error * axes.input.weigh(error.T).T).sum()
+
+
+def _second_moment(axes: Axes) -> Array | None:
+    return axes.input.second_moment if isinstance(axes.input, WeightedAxis) else None
+
+
+def _cold_price(kernel: Array, budget: Array, axes: Axes) -> Array:
+    """High enough that the first rounds buy only what is worth it."""
+    n, m = kernel.shape
+    _, right = svd_factors(kernel, min(n, m), second_moment=_second_moment(axes))
+    # Both factors hold the root of the singular value; the right one is never weighed.
+    energies = jnp.square(right).sum(axis=1) ** 2
+    index = jnp.clip((budget / (n + m)).astype(jnp.int32), 0, min(n, m) - 1)
+    # A kernel of lower rank than the budget affords has no such component.
+    return FIRST_PRICE * jnp.maximum(energies[index], 1e-12 * energies[0]) / (n + m)
+
+
+def _warm_price(blocks: Blocks, axes: Axes) -> Array:
+    """Below what the blocks at hand bring per multiplication."""
+    energy, _ = _energies(blocks, axes)
+    cells = jnp.array([axes.input.cell, axes.output.cell])[:, None]
+    cost = blocks.v.shape[1] * (blocks.length * cells).sum(axis=0)
+    return 0.3 * jnp.nanmedian(jnp.where(cost > 0, energy.sum(axis=1) / cost, jnp.nan))
+
+
+def _energies(blocks: Blocks, axes: Axes) -> tuple[Array, Array]:
+    """Energies of the cells of both axes, in the order in which each axis keeps them."""
+    _, _, v = orthonormalise(blocks.u, blocks.u, blocks.v)
+    _, _, u = orthonormalise(blocks.v, axes.input.weigh(blocks.v), blocks.u)
+    return axes.input.own_energies(v, blocks.start[0]), axes.output.own_energies(u, blocks.start[1])
+
+
+def _land(kernel: Float[Array, "in out"], budget: Array, blocks: Blocks, axes: Axes) -> Blocks:
+    """Takes off what exceeds the budget, in stages with refits between them."""
+    rank = blocks.v.shape[1]
+    excess = jnp.maximum(axes.multiplications(blocks.length, rank) - budget, 0)
+    shares = jnp.array([share for share, _ in STAGES])
+    refits = jnp.array([refits for _, refits in STAGES])
+
+    def stage(i, blocks):
+        blocks = _trim(blocks, budget + shares[i] * excess, axes).live_first()
+        count = blocks.live.sum()
+
+        def refit(_, carry):
+            error, blocks = carry
+            return sweep(error, blocks, count, 0.0, axes, move_windows=False)
+
+        begin = (weighed_error(kernel, blocks, axes), blocks)
+        return lax.fori_loop(0, refits[i], refit, begin)[1]
+
+    return lax.fori_loop(0, len(STAGES), stage, blocks)
+
+
+def _trim(blocks: Blocks, goal: Array, axes: Axes) -> Blocks:
+    """Shrinks windows, and drops blocks, at the lowest price at which they cost no more."""
+    rank = blocks.v.shape[1]
+    e_in, e_out = _energies(blocks, axes)
+    (start_in, start_out), (cell_in, cell_out) = blocks.start, (axes.input.cell, axes.output.cell)
+
+    def windows(price):
+        value_in, s_in, l_in = axes.input.best_inside(e_in - price * rank * cell_in, start_in)
+        value_out, s_out, l_out = axes.output.best_inside(
+            e_out - price * rank * cell_out, start_out
+        )
+        lives = (value_in > price * rank * cell_out * l_out) & (
+            value_out > price * rank * cell_in * l_in
+        )
+        length = jnp.where(lives, jnp.stack([l_in, l_out]), 0)
+        return jnp.where(lives, jnp.stack([s_in, s_out]), 0), length
+
+    def halve(_, carry):
+        low, high, *kept = carry
+        middle = jnp.sqrt(low * high)
+        found = windows(middle)
+        over = axes.multiplications(found[1], rank) > goal
+        start, length = (jnp.where(over, x, y) for x, y in zip(kept, found, strict=True))
+        return jnp.where(over, middle, low), jnp.where(over, high, middle), start, length
+
+    everything = e_in.sum() + 1e-30  # at this price nothing lives
+    none = jnp.zeros_like(blocks.start)
+    _, _, start, length = lax.fori_loop(
+        0, BISECTIONS, halve, (1e-12 * everything, everything, none, none)
+    )
+    fits = axes.multiplications(blocks.length, rank) <= goal
+    start, length = jnp.where(fits, blocks.start, start), jnp.where(fits, blocks.length, length)
+    inside = [
+        window_mask(start[i], length[i], axis.cells, axis.cell)[:, None]
+        for i, axis in enumerate(axes)
+    ]
+    return Blocks(
+        jnp.where(inside[0], blocks.v, 0), jnp.where(inside[1], blocks.u, 0), start, length
+    )
