@@ -9,14 +9,16 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import EinopsError
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from gaudi_jax.errors import UserError
 
-#: Array of the file -> array of our parameter; a ValueError says that the shape is a wrong one.
+#: Array of the file -> array of our parameter; raises ValueError, or einops its own, for a shape
+#: that it cannot take.
 Transform = Callable[[np.ndarray], np.ndarray]
-#: Regex of a tensor's whole name -> (dotted path of our parameter, with groups as \\1; transform).
+#: Regex of a tensor's whole name -> (dotted path of our parameter, with groups as \1; transform).
 Table = Mapping[str, tuple[str, Transform | None]]
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -29,8 +31,8 @@ LISTED = 10
 def resolve_folder(name: str | Path) -> Path:
     """The folder of a pretrained model: a directory, or the hub's model of that id.
 
-    From the hub only json and safetensors files are fetched, into the cache of huggingface_hub; what
-    the cache already holds works offline.
+    From the hub only json and safetensors files are fetched, into the cache of huggingface_hub;
+    what the cache already holds works offline.
 
     Args:
         name: a directory, or an id such as "google/vit-base-patch16-224".
@@ -52,7 +54,8 @@ def resolve_folder(name: str | Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                str(name), allow_patterns=["*.json", WEIGHTS, WEIGHTS.replace(".", "-*.")]
+                str(name),
+                allow_patterns=["*.json", "model.safetensors", "model-*.safetensors"],
             )
         )
     except errors.HFValidationError:
@@ -121,14 +124,14 @@ def fill(
     *,
     optional: Sequence[str] = (),
 ) -> Model:
-    """The model with its abstract parameters taken from the tensors.
+    r"""The model with its abstract parameters taken from the tensors.
 
     Args:
-        model_abstract: a model made under `nnx.eval_shape`. Parameters that are arrays already (a new
-            head put in afterwards, say) keep their values and need no tensor.
+        model_abstract: a model made under `nnx.eval_shape`. Parameters that are arrays already (a
+            new head put in afterwards, say) keep their values and take no tensor.
         tensors: arrays by name, such as those of `read_tensors`.
         table: regex of a tensor's whole name -> (dotted path of the parameter, which may use the
-            regex's groups as ``\\1``, and the function that turns the tensor into it, or None). A
+            regex's groups as ``\1``, and the function that turns the tensor into it, or None). A
             tensor that matches several rows fills several parameters.
         optional: regexes of whole names of tensors that are left out knowingly.
 
@@ -136,15 +139,15 @@ def fill(
         A new model; values are cast to the dtypes of the abstract parameters.
 
     Raises:
-        UserError: parameters lack a tensor or have several, tensors match nothing, or shapes differ:
-            all of it in one message.
+        UserError: parameters lack a tensor or have several, tensors match nothing, or shapes
+            differ: all of it in one message.
 
     Example:
         >>> import numpy as np
         >>> from flax import nnx
         >>> from gaudi_jax.models.pretrained import fill
         >>> abstract = nnx.eval_shape(lambda: nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))
-        >>> table = {r"proj\\.weight": ("kernel", np.transpose)}
+        >>> table = {r"proj\.weight": ("kernel", np.transpose)}
         >>> fill(abstract, {"proj.weight": np.ones((3, 2))}, table).kernel.shape
         (2, 3)
     """
@@ -172,7 +175,7 @@ def fill(
             leaf, tensor = leaves[path], tensors[name]
             try:
                 value = tensor if transform is None else transform(tensor)
-            except ValueError:
+            except (ValueError, EinopsError):
                 value = None
             if value is None or value.shape != leaf.shape:
                 misshapen.append(f"{name} {tensor.shape} for {path} {leaf.shape}")

@@ -1,7 +1,8 @@
 """Vision Transformer (Dosovitskiy et al., ICLR 2021, arXiv:2010.11929) as an NNX module."""
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jaxtyping import Array, Float
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import LinearFactory
+from gaudi_jax.models import hf_vit
+from gaudi_jax.models.pretrained import fill, read_config, read_tensors, resolve_folder
 
 #: name: (image size, patch size, width, depth, heads)
 PRESETS = {
@@ -38,10 +41,11 @@ class ViTConfig:
         width: features of a token; a multiple of heads.
         depth: number of blocks.
         heads: attention heads.
-        mlp_ratio: hidden features of the MLP over width.
+        mlp_ratio: hidden features of the MLP over width (rounded to a whole number of features).
         pool: "class" (a class token) or "mean" (the mean of the patch tokens).
         position_scale: standard deviation of the initial position embedding. 0.02 is usual at
             ImageNet size; small models on small images learn much better from 1.
+        norm_epsilon: what layer normalisation adds to the variance.
         dropout: rate after the embedding and after each branch.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
         attention_layer: factory of the query, key, value and output layers.
@@ -65,6 +69,7 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     pool: str = "class"
     position_scale: float = 0.02
+    norm_epsilon: float = 1e-6
     dropout: float = 0.0
     drop_path: float = 0.0
     attention_layer: LinearFactory = nnx.Linear
@@ -81,7 +86,9 @@ class ViTConfig:
         for name in ("image_size", "patch_size", "channels", "num_classes", "width", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if int(self.mlp_ratio * self.width) < 1:
+        if not self.norm_epsilon > 0:
+            raise UserError(f"norm_epsilon={self.norm_epsilon} must be positive")
+        if self.hidden < 1:
             raise UserError(
                 f"mlp_ratio={self.mlp_ratio} leaves no hidden features at width={self.width}"
             )
@@ -126,6 +133,12 @@ class ViTConfig:
         """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def hidden(self) -> int:
+        """Hidden features of the MLP."""
+        # Rounded, so that hidden / width as a ratio always gives hidden back.
+        return round(self.mlp_ratio * self.width)
+
 
 class ViT(nnx.Module):
     """Vision Transformer with pre-norm blocks and separate query, key, value and output layers.
@@ -160,8 +173,84 @@ class ViT(nnx.Module):
         )
         self.dropout = nnx.Dropout(config.dropout)
         self.blocks = nnx.List([Block(config, index, rngs=rngs) for index in range(config.depth)])
-        self.norm = nnx.LayerNorm(config.width, epsilon=1e-6, **common)
-        self.head = nnx.Linear(config.width, config.num_classes, **common)
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, **common)
+        self.head = _head(config, rngs=rngs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        image_size: int | None = None,
+        num_classes: int | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        rngs: nnx.Rngs | None = None,
+    ) -> Self:
+        """A dense ViT with the weights of a Hugging Face folder, read without PyTorch.
+
+        The folder holds config.json and safetensors of a ``ViTForImageClassification`` or
+        ``ViTModel``. The logits are those of transformers for the same pixels, which should be
+        prepared as the folder's preprocessor_config.json says. Position embeddings are resized as
+        transformers resizes them (`hf_vit.resize_positions`).
+
+        Args:
+            name: a directory, or an id on the Hugging Face hub.
+            image_size: of the model; None for the file's.
+            num_classes: of the model; None for the file's. If the file has another number, or no
+                head, the model gets a new one.
+            dtype: of the computation; None computes in the parameters' dtype.
+            param_dtype: of the parameters, whatever the file's.
+            dropout: see `ViTConfig`; the rates in the file are not used.
+            drop_path: see `ViTConfig`.
+            rngs: random keys of a new head, stream "params"; `nnx.Rngs(0)` if not given.
+
+        Raises:
+            UserError: the folder cannot be found or read, is no ViT that this model can represent,
+                has no head where num_classes is not given, or its tensors do not fit.
+
+        Example:
+            >>> from gaudi_jax.models import ViT
+            >>> model = ViT.from_pretrained(
+            ...     "google/vit-base-patch16-224", num_classes=10, rngs=nnx.Rngs(0)
+            ... )  # doctest: +SKIP
+        """
+        folder = resolve_folder(name)
+        source = read_config(folder)
+        tensors = read_tensors(folder)
+        sizes = hf_vit.sizes(source)
+        has_head = "classifier.weight" in tensors
+        if num_classes is None and not has_head:
+            raise UserError(
+                f"{folder} holds no classification head; give num_classes for a new one"
+            )
+        new_head = not has_head or num_classes not in (None, sizes["num_classes"])
+
+        changes = {"image_size": image_size, "num_classes": num_classes}
+        changes = {field: value for field, value in changes.items() if value is not None}
+        config = ViTConfig(
+            **(sizes | changes),
+            dropout=dropout,
+            drop_path=drop_path,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+        # What the file lacks becomes an array here, which `fill` leaves alone.
+        if new_head:
+            model.head = _head(config, rngs=nnx.Rngs(0) if rngs is None else rngs)
+        if not source.get("qkv_bias", True):
+            for block in model.blocks:
+                for layer in (block.attention.query, block.attention.key, block.attention.value):
+                    layer.bias = nnx.Param(jnp.zeros(config.width, param_dtype))
+        return fill(
+            model,
+            tensors,
+            hf_vit.table(sizes, image_size=config.image_size),
+            optional=(*hf_vit.UNUSED, hf_vit.HEAD) if new_head else hf_vit.UNUSED,
+        )
 
     def __call__(
         self, images: Float[Array, "B H W C"], *, rngs: nnx.Rngs | None = None
@@ -199,6 +288,16 @@ class ViT(nnx.Module):
         return self.head(x).astype(jnp.float32)
 
 
+def _head(config: ViTConfig, *, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        config.width,
+        config.num_classes,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
 class Block(nnx.Module):
     """Pre-norm transformer block: attention and MLP, each on a residual branch.
 
@@ -210,9 +309,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: ViTConfig, index: int, *, rngs: nnx.Rngs):
         common = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        self.attention_norm = nnx.LayerNorm(config.width, epsilon=1e-6, **common)
+        self.attention_norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, **common)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = nnx.LayerNorm(config.width, epsilon=1e-6, **common)
+        self.mlp_norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, **common)
         self.mlp = MLP(config, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout)
         # One draw per image drops the whole branch: stochastic depth (arXiv:1603.09382).
@@ -256,10 +355,9 @@ class MLP(nnx.Module):
     """Two layers with a GELU between them."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        hidden = int(config.mlp_ratio * config.width)
         common = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        self.fc1 = config.mlp_layer(config.width, hidden, **common)
-        self.fc2 = config.mlp_layer(hidden, config.width, **common)
+        self.fc1 = config.mlp_layer(config.width, config.hidden, **common)
+        self.fc2 = config.mlp_layer(config.hidden, config.width, **common)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Maps tokens to tokens."""
