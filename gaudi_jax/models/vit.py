@@ -219,8 +219,8 @@ class ViT(nnx.Module):
         """
         folder = resolve_folder(name)
         source = read_config(folder)
-        tensors = read_tensors(folder)
         sizes = hf_vit.sizes(source)
+        tensors = read_tensors(folder)
         has_head = "classifier.weight" in tensors
         if num_classes is None and not has_head:
             raise UserError(
@@ -243,7 +243,8 @@ class ViT(nnx.Module):
             model.head = _head(config, rngs=nnx.Rngs(0) if rngs is None else rngs)
         if not source.get("qkv_bias", True):
             for block in model.blocks:
-                for layer in (block.attention.query, block.attention.key, block.attention.value):
+                attention: Any = block.attention
+                for layer in (attention.query, attention.key, attention.value):
                     layer.bias = nnx.Param(jnp.zeros(config.width, param_dtype))
         return fill(
             model,
