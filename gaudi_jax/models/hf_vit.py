@@ -64,7 +64,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "patch_size": _side(config, "patch_size", 16),
         "channels": config.get("num_channels", 3),
         # transformers does not write the labels when there are two, its default.
-        "num_classes": len(config.get("id2label", (0, 1))),
+        "num_classes": len(config.get("id2label") or (0, 1)),
         "width": width,
         "depth": config.get("num_hidden_layers", 12),
         "heads": config.get("num_attention_heads", 12),

@@ -231,7 +231,7 @@ class _Tensors(Mapping[str, np.ndarray]):
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{file.parent} holds no {file.name}; give a directory saved by transformers"
