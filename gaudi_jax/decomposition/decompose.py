@@ -113,15 +113,15 @@ def decompose(
                 f"second_moment of shape {second_moment.shape} does not fit a kernel of shape "
                 f"{kernel.shape}; it must have shape {wanted}"
             )
-    run = functools.partial(_decompose, rank=rank, cell=cell, rounds=rounds)
+    run = functools.partial(_decompose, rank=rank, cell=cell)
     key = jax.random.key(0) if key is None else key
-    goal = jnp.float32(math.floor(budget * n * m))
+    steer = jnp.float32(math.floor(budget * n * m)), jnp.int32(rounds), key
     if second_moment is None:
-        one = lambda kernel: run(kernel, None, goal, key)  # noqa: E731
+        one = lambda kernel: run(kernel, None, *steer)  # noqa: E731
         for _ in batch:
             one = jax.vmap(one)
         return one(kernel)
-    both = lambda kernel, moment: run(kernel, moment, goal, key)  # noqa: E731
+    both = lambda kernel, moment: run(kernel, moment, *steer)  # noqa: E731
     for _ in batch:
         both = jax.vmap(both)
     return both(kernel, second_moment)
@@ -156,16 +156,16 @@ def relative_error(
     return jnp.sqrt(jnp.maximum(energy(kernel - approximation), 0) / jnp.maximum(total, 1e-30))
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "cell", "rounds"))
+@functools.partial(jax.jit, static_argnames=("rank", "cell"))
 def _decompose(
     kernel: Array,
     second_moment: Array | None,
     goal: Array,
+    rounds: Array,
     key: Array,
     *,
     rank: int,
     cell: tuple[int, int],
-    rounds: int,
 ) -> Factors:
     # Accelerators would multiply in fewer bits, and small differences of large numbers matter.
     with jax.default_matmul_precision("highest"):
@@ -180,14 +180,14 @@ def _decompose(
             weighted: Axis = WeightedAxis.of(moment, n // cell[0])
             if n > LARGE_AXIS:
                 begin = search(kernel, goal, key, axes, begin, rounds)
-                rounds = math.ceil(LARGE_AXIS_ROUNDS * rounds)
+                rounds = jnp.ceil(LARGE_AXIS_ROUNDS * rounds).astype(jnp.int32)
             axes = Axes(weighted, plain[1])
         svd = svd_blocks(kernel, goal, axes, rank)
         found = [svd, search(kernel, goal, key, axes, begin, rounds)]
         if rank > 1 or max(cell) > 1:
             # Where windows are coarse or tie columns together, blocks of full width are the better
             # start for kernels without local structure.
-            found.append(search(kernel, goal, key, axes, svd, max(1, rounds // 2)))
+            found.append(search(kernel, goal, key, axes, svd, (rounds + 1) // 2))
         errors = jnp.stack([squared_error(kernel, blocks, axes) for blocks in found])
         best = jnp.argmin(errors)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

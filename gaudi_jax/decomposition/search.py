@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gaudi_jax.decomposition.axes import WeightedAxis
 from gaudi_jax.decomposition.low_rank import svd_factors
@@ -32,7 +32,7 @@ def search(
     key: Array,
     axes: Axes,
     begin: Blocks,
-    rounds: int,
+    rounds: Int[Array, ""],
 ) -> Blocks:
     """Blocks for a kernel under a budget, from given ones.
 
