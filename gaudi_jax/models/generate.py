@@ -56,7 +56,8 @@ def generate(
 
     Example:
         >>> from flax import nnx
-        >>> from gaudi_jax.models import GPT2, GPT2Config, generate
+        >>> from gaudi_jax.models import GPT2, GPT2Config
+        >>> from gaudi_jax.models.generate import generate
         >>> config = GPT2Config(vocab_size=50, context=8, width=16, depth=1, heads=2)
         >>> model = GPT2(config, rngs=nnx.Rngs(0))
         >>> generate(model, [[1, 2, 3], [4]], max_new_tokens=5, temperature=0).shape

@@ -1,16 +1,27 @@
 """GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019) in NNX."""
 
 import dataclasses
+import json
 import math
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from safetensors.numpy import save_file
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import LinearFactory
+from gaudi_jax.models import hf_gpt2
+from gaudi_jax.models.pretrained import (
+    WEIGHTS,
+    fill,
+    read_config,
+    read_tensors,
+    resolve_folder,
+)
 
 #: name: (width, depth, heads)
 PRESETS = {
@@ -31,9 +42,10 @@ class GPT2Config:
         width: features of a token; a multiple of heads.
         depth: number of blocks.
         heads: attention heads.
-        mlp_ratio: hidden features of the MLP over width.
+        mlp_ratio: hidden features of the MLP over width (rounded to a whole number of features).
         fused_qkv: one layer of width -> 3·width makes queries, keys and values, as in the published
             model; otherwise three layers of width -> width.
+        norm_epsilon: what layer normalisation adds to the variance.
         dropout: rate after the embedding and after each branch. Attention weights are not dropped.
         attention_layer: factory of the layers that make queries, keys and values.
         attention_out_layer: factory of the attention's output layer.
@@ -54,6 +66,7 @@ class GPT2Config:
     heads: int = 12
     mlp_ratio: float = 4.0
     fused_qkv: bool = True
+    norm_epsilon: float = 1e-5
     dropout: float = 0.0
     attention_layer: LinearFactory = nnx.Linear
     attention_out_layer: LinearFactory = nnx.Linear
@@ -80,6 +93,8 @@ class GPT2Config:
             raise UserError(
                 f"heads={self.heads} does not divide width={self.width}; choose a divisor"
             )
+        if not self.norm_epsilon > 0:
+            raise UserError(f"norm_epsilon={self.norm_epsilon} must be positive")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} is outside [0, 1)")
 
@@ -148,7 +163,76 @@ class GPT2(nnx.Module):
         )
         self.dropout = nnx.Dropout(config.dropout)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
-        self.norm = nnx.LayerNorm(config.width, epsilon=1e-5, **common)
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, **common)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        fused_qkv: bool = True,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ) -> Self:
+        """A dense GPT-2 with the weights of a Hugging Face folder, read without PyTorch.
+
+        The folder holds config.json and safetensors of a ``GPT2LMHeadModel`` or ``GPT2Model``. The
+        logits are those of transformers for the same token ids.
+
+        Args:
+            name: a directory, or an id on the Hugging Face hub, such as "openai-community/gpt2".
+            fused_qkv: see `GPT2Config`.
+            dropout: see `GPT2Config`; the rates in the file are not used.
+            dtype: of the computation; None computes in the parameters' dtype.
+            param_dtype: of the parameters, whatever the file's.
+
+        Raises:
+            UserError: the folder cannot be found or read, is no GPT-2 that this model can
+                represent, or its tensors do not fit.
+
+        Example:
+            >>> from gaudi_jax.models import GPT2
+            >>> model = GPT2.from_pretrained("openai-community/gpt2")  # doctest: +SKIP
+        """
+        folder = resolve_folder(name)
+        config = GPT2Config(
+            **hf_gpt2.sizes(read_config(folder)),
+            fused_qkv=fused_qkv,
+            dropout=dropout,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+        abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+        table = hf_gpt2.table(fused_qkv=fused_qkv)
+        return fill(abstract, read_tensors(folder), table, optional=hf_gpt2.UNUSED)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes a folder that transformers loads as ``GPT2LMHeadModel``: config and safetensors.
+
+        Structured kernels are written dense, as they are in evaluation, so that the folder computes
+        the same logits, at the dense cost. A tokenizer is not written.
+
+        Args:
+            directory: made if need be; a model that it holds is replaced.
+
+        Example:
+            >>> import tempfile
+            >>> from flax import nnx
+            >>> from gaudi_jax.models import GPT2, GPT2Config
+            >>> config = GPT2Config(vocab_size=50, context=8, width=16, depth=1, heads=2)
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     GPT2(config, rngs=nnx.Rngs(0)).save_pretrained(directory)
+            ...     GPT2.from_pretrained(directory).config == config
+            True
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = hf_gpt2.exported_tensors(nnx.view(self, deterministic=True))
+        # transformers refuses files that do not say which framework laid the tensors out.
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        config = hf_gpt2.exported_config(self.config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def __call__(
         self, token_ids: Int[Array, "B T"], *, rngs: nnx.Rngs | None = None
@@ -219,9 +303,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         common = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        self.attention_norm = nnx.LayerNorm(config.width, epsilon=1e-5, **common)
+        self.attention_norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, **common)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = nnx.LayerNorm(config.width, epsilon=1e-5, **common)
+        self.mlp_norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, **common)
         self.mlp = MLP(config, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout)
 

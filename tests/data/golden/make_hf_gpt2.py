@@ -42,9 +42,7 @@ def main():
     }
     for name, parameter in model.named_parameters():
         arrays[f"gradient/{name}"] = parameter.grad.numpy()
-    continued = model.generate(
-        token_ids[:, :9], max_new_tokens=15, do_sample=False, pad_token_id=0
-    )
+    continued = model.generate(token_ids[:, :9], max_new_tokens=15, do_sample=False, pad_token_id=0)
     arrays["greedy"] = continued[:, 9:].numpy().astype(np.int32)
     np.savez_compressed(FOLDER / "computed.npz", **arrays)
 
