@@ -58,16 +58,17 @@ def test_greedy_tokens_are_those_of_transformers():
 
 
 def test_one_compilation_serves_all_prompts_lengths_and_options():
-    options = {"max_length": 17, "key": jax.random.key(0)}
+    options = {"key": jax.random.key(0)}
     generate(model(), PROMPTS, max_new_tokens=3, temperature=1.0, **options)
     compiled = _continue._cache_size()
-    generate(model(), [[1], [2], [3] * 17], max_new_tokens=1, temperature=0.5, **options)
+    generate(model(), [[1], [2], [3] * 20], max_new_tokens=1, temperature=0.5, **options)
     generate(model(), PROMPTS, max_new_tokens=30, temperature=0, **options)
     assert _continue._cache_size() == compiled
     generate(model(), PROMPTS, max_new_tokens=3, top_k=3, **options)
-    assert _continue._cache_size() == compiled + 1
+    compiled = _continue._cache_size()
     generate(model(), PROMPTS, max_new_tokens=3, top_k=5, top_p=0.5, **options)
-    assert _continue._cache_size() == compiled + 1
+    generate(model(), PROMPTS, max_new_tokens=3, top_p=0.8, **options)
+    assert _continue._cache_size() == compiled
 
 
 def test_a_full_row_goes_on_from_its_second_half():
@@ -112,8 +113,8 @@ def test_samples_follow_the_key():
 
     np.testing.assert_array_equal(sample(0), sample(0))
     assert (sample(0) != sample(1)).any(axis=1).all()
-    # Later rounds and other rows do not repeat the same draws.
-    again = generate(model(), [[1], [1]], max_new_tokens=20, key=jax.random.key(0))
+    # Rows do not share their draws.
+    again = generate(model(), [[1]] * 3, max_new_tokens=20, key=jax.random.key(0))
     assert (again[0] != again[1]).any()
 
 
