@@ -1,6 +1,7 @@
 """Text as windows of token ids: corpus and tokenizer by name, ids cached on disk, batches."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,17 +133,21 @@ def train_windows(
     count = max(1, (len(tokens) - block) // block)
     slack = len(tokens) - 1 - count * block
 
-    def window(index: int, place: int) -> dict[str, np.ndarray]:
-        start = np.random.default_rng((seed, index // count)).integers(slack + 1) + place * block
-        return {"tokens": tokens[start : start + block + 1].astype(np.int32)}
+    @functools.lru_cache(maxsize=2)  # of the last epoch and this one, which may meet in a batch
+    def cut(epoch: int) -> int:
+        return int(np.random.default_rng((seed, epoch)).integers(slack + 1))
+
+    def windows(starts: np.ndarray) -> dict[str, np.ndarray]:
+        return {"tokens": tokens[starts[:, None] + np.arange(block + 1)].astype(np.int32)}
 
     dataset = (
         grain.MapDataset.range(count)
         .seed(seed)
         .shuffle()
         .repeat()  # the index counts on, so that it tells the epoch
-        .map_with_index(window)
+        .map_with_index(lambda index, place: cut(index // count) + place * block)
         .batch(batch_size, drop_remainder=True)
+        .map(windows)
         .to_iter_dataset(_READ_OPTIONS)
     )
     return iter(dataset)
