@@ -11,7 +11,7 @@ from flax import nnx
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import linear_factory
 from gaudi_jax.models import GPT2, GPT2Config
-from gaudi_jax.models.generate import _continue, generate, truncated
+from gaudi_jax.models.generate import generate, truncated
 
 GOLDEN = Path(__file__).parent / "data/golden/hf_gpt2_tiny"
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 30]]
@@ -57,18 +57,27 @@ def test_greedy_tokens_are_those_of_transformers():
     np.testing.assert_array_equal(tokens, computed["greedy"])
 
 
-def test_one_compilation_serves_all_prompts_lengths_and_options():
-    options = {"key": jax.random.key(0)}
-    generate(model(), PROMPTS, max_new_tokens=3, temperature=1.0, **options)
-    compiled = _continue._cache_size()
-    generate(model(), [[1], [2], [3] * 20], max_new_tokens=1, temperature=0.5, **options)
-    generate(model(), PROMPTS, max_new_tokens=30, temperature=0, **options)
-    assert _continue._cache_size() == compiled
-    generate(model(), PROMPTS, max_new_tokens=3, top_k=3, **options)
-    compiled = _continue._cache_size()
-    generate(model(), PROMPTS, max_new_tokens=3, top_k=5, top_p=0.5, **options)
-    generate(model(), PROMPTS, max_new_tokens=3, top_p=0.8, **options)
-    assert _continue._cache_size() == compiled
+def test_one_compilation_serves_all_prompts_lengths_and_options(monkeypatch):
+    traced = []
+    empty_cache = GPT2.empty_cache
+
+    def counting(self, batch_size, length):  # runs whenever the loop is traced
+        traced.append((batch_size, length))
+        return empty_cache(self, batch_size, length)
+
+    monkeypatch.setattr(GPT2, "empty_cache", counting)
+
+    def run(prompts, **options):
+        traced.clear()
+        generate(model(), prompts, max_length=19, key=jax.random.key(0), **options)
+        return traced
+
+    assert run(PROMPTS, max_new_tokens=3, temperature=1.0) == [(3, 19)]
+    assert run([[1], [2], [3] * 19], max_new_tokens=1, temperature=0.5) == []
+    assert run(PROMPTS, max_new_tokens=30, temperature=0) == []
+    assert run(PROMPTS, max_new_tokens=3, top_k=3) == [(3, 19)]
+    assert run(PROMPTS, max_new_tokens=4, top_k=5, top_p=0.5) == []
+    assert run(PROMPTS, max_new_tokens=4, top_p=0.8) == []
 
 
 def test_a_full_row_goes_on_from_its_second_half():

@@ -198,7 +198,8 @@ def _checked_prompt(prompt: Sequence[int], vocab_size: int, max_length: int) -> 
         raise UserError(f"a prompt of shape {row.shape} is not a list of at least one token id")
     if len(row) > max_length:
         raise UserError(
-            f"a prompt of {len(row)} tokens is longer than max_length={max_length}; cut it"
+            f"a prompt of {len(row)} tokens is longer than max_length={max_length}, what the model "
+            "reads at most; cut it"
         )
     if row.min() < 0 or row.max() >= vocab_size:
         unknown = row.min() if row.min() < 0 else row.max()

@@ -62,6 +62,8 @@ def resolve_folder(name: str | Path) -> Path:
         reason = "that is no valid id of a model on the Hugging Face hub either"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         reason = "the Hugging Face hub cannot be reached and its cache holds no such model"
+    except errors.RepositoryNotFoundError:
+        reason = "the Hugging Face hub has no such model, or none that you may read"
     except errors.HfHubHTTPError as error:
         reason = f"the Hugging Face hub refuses it ({type(error).__name__})"
     raise UserError(
@@ -94,7 +96,8 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
         A mapping from name to array in the file's own dtype; bfloat16 is that of ml_dtypes.
 
     Raises:
-        UserError: there is no safetensors file, a file of the index is missing, or one is damaged.
+        UserError: there is no safetensors file, the index names none or one that is missing, or a
+            file is damaged.
 
     Example:
         >>> from gaudi_jax.models.pretrained import read_tensors
@@ -102,8 +105,10 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
         (1000, 768)
     """
     if (folder / INDEX).exists():
-        index = _read_json(folder / INDEX)
-        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / INDEX} names no file of weights; fetch or save it again")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         files = [folder / WEIGHTS]
     for file in files:
@@ -226,7 +231,7 @@ class _Tensors(Mapping[str, np.ndarray]):
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{file.parent} holds no {file.name}; give a directory saved by transformers"

@@ -22,6 +22,8 @@ def main():
         n_embd=12,
         n_layer=2,
         n_head=3,
+        n_inner=20,
+        layer_norm_epsilon=1e-2,  # large enough to show in the logits
         # No token ends a generation, so that the continuations have one length.
         bos_token_id=None,
         eos_token_id=None,
