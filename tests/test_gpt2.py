@@ -107,7 +107,6 @@ def test_layers_are_chosen_for_each_place_and_start_from_the_models_initialisati
     assert isinstance(block.mlp.fc2, GaudiLinear)
     # Full rank reproduces the dense kernel that the initialiser drew.
     assert np.std(block.attention.qkv.kernel()) == pytest.approx(0.02, rel=0.1)
-    assert model(TOKENS).shape == (3, 10, 31)
 
 
 def test_separate_layers_compute_what_the_fused_one_does():

@@ -9,12 +9,14 @@ import types
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from flax import nnx
 
 from gaudi_jax.data import tokenizers
 from gaudi_jax.data.corpus import Corpus, load_corpus
 from gaudi_jax.data.text import evaluation_windows, load_text, train_windows, unigram_loss
 from gaudi_jax.data.tokenizers import Tokenizer, cached, character_tokenizer, load_tokenizer
 from gaudi_jax.errors import UserError
+from gaudi_jax.models import GPT2, GPT2Config
 
 WORDS = "the cat sat on the mat and the dog ran after the cat\n"
 
@@ -212,6 +214,8 @@ def test_a_short_text_yields_fewer_tokens_than_asked_for(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["chars", "bpe:270"])
 def test_saved_tokenizers_come_back_from_their_folder(tmp_path, name):
     tokenizer = load_tokenizer(name, corpus_of(WORDS), cache_dir=tmp_path / "cache")
+    config = GPT2Config(vocab_size=tokenizer.vocab_size, context=4, width=4, depth=1, heads=1)
+    GPT2(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path / "saved")  # beside a model
     tokenizer.save(tmp_path / "saved")
     again = load_tokenizer(f"hf:{tmp_path / 'saved'}", corpus_of("x"), cache_dir=tmp_path)
     assert again.vocab_size == tokenizer.vocab_size

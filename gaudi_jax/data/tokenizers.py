@@ -74,7 +74,9 @@ class Tokenizer:
                 parts += [np.array(encoding.ids, self.dtype) for encoding in encodings]
         # The package raises nothing more special for a word that has neither an id nor a stand-in.
         except Exception as error:
-            unknown = next((c for c in text if self._backend.token_to_id(c) is None), "")
+            unknown = next((c for c in text if self._backend.token_to_id(c) is None), None)
+            if unknown is None:
+                raise
             raise UserError(
                 f"the tokenizer has no token for {unknown!r}; leave it out, or use a tokenizer "
                 "bpe:VOCAB_SIZE"
