@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from gaudi_jax.data.prepared import open_prepared
 from gaudi_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -299,20 +300,7 @@ def _hold_out(source: ImageSource, fraction: float) -> tuple[SubsetSource, Subse
 def _tfds(name: str, fraction: float) -> ImageSplits:
     import tensorflow_datasets as tfds  # slow to import
 
-    remedy = (
-        f"prepare it once with tfds.data_source({name!r}), which may need TensorFlow, or set "
-        "TFDS_DATA_DIR to where it lies"
-    )
-    try:
-        info = tfds.builder(name).info
-        # No download by surprise: it may be of hundreds of gigabytes.
-        sources = tfds.data_source(name, download=False)
-    except Exception as error:
-        # Many kinds of errors, from unknown names to missing files, and some with long texts.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot open the data set tfds:{name} ({reason}); {remedy}") from error
-    if not sources:
-        raise UserError(f"the data set tfds:{name} is not prepared; {remedy}")
+    info, sources = open_prepared(name)
     labelled = {"image", "label"} <= set(info.features) and isinstance(
         info.features["label"], tfds.features.ClassLabel
     )

@@ -12,7 +12,8 @@ from gaudi_jax.layers import initializers
 from gaudi_jax.layers.gaudi import GaudiLinear
 from gaudi_jax.layers.low_rank import LowRankLinear
 
-#: Called as ``factory(in_features, out_features, dtype=, param_dtype=, rngs=)``.
+#: Called as ``factory(in_features, out_features, dtype=, param_dtype=, rngs=)``, by models
+#: that choose their initialisation with ``kernel_init=`` too.
 LinearFactory = Callable[..., nnx.Module]
 
 

@@ -1,0 +1,399 @@
+import hashlib
+import itertools
+import json
+import logging
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from flax import nnx
+
+from gaudi_jax.data import tokenizers
+from gaudi_jax.data.corpus import Corpus, load_corpus
+from gaudi_jax.data.text import evaluation_windows, load_text, train_windows, unigram_loss
+from gaudi_jax.data.tokenizers import Tokenizer, cached, character_tokenizer, load_tokenizer
+from gaudi_jax.errors import UserError
+from gaudi_jax.models import GPT2, GPT2Config
+
+WORDS = "the cat sat on the mat and the dog ran after the cat\n"
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# ---- corpora ----
+
+
+def test_the_embedded_text_is_english_and_cut_90_5_5():
+    corpus = load_corpus("docs")
+    sizes = [len(part) for part in (corpus.train, corpus.validation, corpus.test)]
+    np.testing.assert_allclose(np.array(sizes) / sum(sizes), [0.9, 0.05, 0.05], atol=1e-4)
+    assert sum(sizes) > 300_000
+    assert " the " in corpus.test
+
+
+def test_a_file_is_cut_from_its_end(tmp_path):
+    text = "".join(chr(ord("a") + i % 26) for i in range(100))
+    name = f"text:{write(tmp_path / 'a.txt', text)}"
+    corpus = load_corpus(name, validation_fraction=0.2, test_fraction=0.1)
+    assert (corpus.train, corpus.validation, corpus.test) == (text[:70], text[70:90], text[90:])
+    assert corpus.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_without_a_test_split_the_validation_split_serves(tmp_path, caplog):
+    name = f"text:{write(tmp_path / 'a.txt', WORDS)}"
+    corpus = load_corpus(name, validation_fraction=0.5, test_fraction=0)
+    assert corpus.train + corpus.validation == WORDS
+    assert corpus.test == corpus.validation
+    assert "the validation text serves" in caplog.text
+    assert corpus.sha256 == hashlib.sha256(WORDS.encode()).hexdigest()
+
+
+def test_a_folder_of_texts_is_joined_in_order(tmp_path):
+    write(tmp_path / "b.txt", "second")
+    write(tmp_path / "a" / "z.txt", "first\n")
+    write(tmp_path / ".hidden.txt", "hidden")
+    write(tmp_path / ".git" / "a.txt", "hidden")
+    write(tmp_path / "c.md", "another kind")
+    corpus = load_corpus(f"text:{tmp_path}", validation_fraction=0.2)
+    assert corpus.train + corpus.validation + corpus.test == "first\nsecond\n"
+
+
+@pytest.mark.parametrize("validation", ["validation.txt", "valid.txt", "val.txt"])
+def test_a_folder_may_hold_its_own_splits(tmp_path, validation):
+    for name in ("train.txt", validation, "test.txt"):
+        write(tmp_path / name, name)
+    assert load_corpus(f"text:{tmp_path}") == Corpus("train.txt", validation, "test.txt")
+    (tmp_path / validation).unlink()
+    corpus = load_corpus(f"text:{tmp_path}", validation_fraction=0.45)
+    assert corpus == Corpus("train", ".txt", "test.txt")
+
+
+def test_invalid_utf8_is_replaced_and_counted(tmp_path, caplog):
+    content = "no mistake: \ufffd, ".encode() + b"two: \xff \xe4\n"
+    with caplog.at_level(logging.WARNING):
+        corpus = load_corpus(f"text:{write(tmp_path / 'a.txt', content)}")
+    assert (
+        corpus.train + corpus.validation + corpus.test == "no mistake: \ufffd, two: \ufffd \ufffd\n"
+    )
+    assert "a.txt: 2 places that are no UTF-8" in caplog.text
+
+
+def fake_datasets(monkeypatch, sets):
+    class Columns(dict):
+        @property
+        def column_names(self):
+            return list(self)
+
+    def load(path, config):
+        if (path, config) not in sets:
+            raise FileNotFoundError(f"{path} is not there\nand more")
+        return {split: Columns(columns) for split, columns in sets[path, config].items()}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+
+
+def test_sets_of_the_hub_keep_their_splits_and_lines(monkeypatch):
+    rows = {split: {"text": ["", f" = {split} = \n"]} for split in ("train", "validation", "test")}
+    fake_datasets(
+        monkeypatch, {("owner/name", "raw"): rows, ("owner/name", None): {"train": {"a": []}}}
+    )
+    corpus = load_corpus("hf:owner/name:raw")
+    assert corpus == Corpus("\n = train = \n", "\n = validation = \n", "\n = test = \n")
+    with pytest.raises(UserError, match="no column 'text' but a"):
+        load_corpus("hf:owner/name")
+    with pytest.raises(UserError, match=r"hf:owner/none \(owner/none is not there\)"):
+        load_corpus("hf:owner/none")
+
+
+def test_without_the_package_datasets_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_corpus("hf:owner/name")
+
+
+class TinyPoems(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(3), "test": self._generate_examples(1)}
+
+    def _generate_examples(self, count):
+        for number in range(count):
+            yield number, {"text": f"pöem {number}"}
+
+
+def test_prepared_tfds_sets_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", os.fspath(tmp_path))
+    TinyPoems(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    corpus = load_corpus("tfds:tiny_poems", validation_fraction=0.3)
+    lines = (corpus.train + corpus.validation).splitlines()
+    assert sorted(lines) == ["pöem 0", "pöem 1", "pöem 2"]
+    assert corpus.test == "pöem 0"
+    with pytest.raises(UserError, match="cannot open the data set tfds:no_such_set"):
+        load_corpus("tfds:no_such_set")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("poems", {}, "unknown text 'poems'; use one of docs"),
+        ("text:", {}, "unknown text 'text:'"),
+        ("text:/no/such", {}, "no file or folder /no/such"),
+        ("docs", {"validation_fraction": 0.0}, "validation_fraction=0.0"),
+        ("docs", {"test_fraction": 0.95}, r"test_fraction=0.95 is outside \[0, 0.95\)"),
+    ],
+)
+def test_mistakes_about_corpora_are_named(name, options, message):
+    with pytest.raises(UserError, match=message):
+        load_corpus(name, **options)
+
+
+def test_empty_corpora_are_errors(tmp_path):
+    with pytest.raises(UserError, match=r"holds no \*.txt file"):
+        load_corpus(f"text:{tmp_path}")
+    write(tmp_path / "a.txt", " \n")
+    with pytest.raises(UserError, match=r"the train text of text:.* is empty"):
+        load_corpus(f"text:{tmp_path}")
+
+
+# ---- tokenizers ----
+
+
+def corpus_of(text):
+    return Corpus(text, text[:10], text[:10])
+
+
+def test_characters_are_those_of_all_splits(tmp_path):
+    tokenizer = load_tokenizer("chars", Corpus("ba\n", "é", "🎉"), cache_dir=tmp_path)
+    assert tokenizer.vocab_size == 5
+    assert tokenizer.encode("\nabé🎉").tolist() == [0, 1, 2, 3, 4]
+    assert tokenizer.decode([4, 3, 0, 1]) == "🎉é\na"
+    assert tokenizer.encode("").tolist() == []
+    with pytest.raises(UserError, match="no token for 'x'"):
+        tokenizer.encode("abx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bpe_is_deterministic_and_encodes_every_text(tmp_path):
+    corpus = corpus_of(WORDS * 20)
+    first = load_tokenizer("bpe:280", corpus, cache_dir=tmp_path / "a")
+    second = load_tokenizer("bpe:280", corpus, cache_dir=tmp_path / "b")
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 280
+    assert len(first.encode(WORDS)) < len(WORDS) / 2
+    for text in ("the cat", "  two  spaces\n\n", "naïve 🎉\r\n\x00"):
+        assert first.decode(first.encode(text)) == text
+    # The second use reads the file: another tokenizer in its place comes back.
+    other = load_tokenizer("bpe:280", corpus_of("zebra crossing " * 20), cache_dir=tmp_path / "c")
+    next((tmp_path / "c").iterdir()).replace(next((tmp_path / "a").iterdir()))
+    again = load_tokenizer("bpe:280", corpus, cache_dir=tmp_path / "a")
+    assert again.fingerprint == other.fingerprint != first.fingerprint
+
+
+def test_a_short_text_yields_fewer_tokens_than_asked_for(tmp_path, caplog):
+    tokenizer = load_tokenizer("bpe:5000", corpus_of(WORDS), cache_dir=tmp_path)
+    assert 256 < tokenizer.vocab_size < 300
+    assert f"yields only {tokenizer.vocab_size} of 5000 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["chars", "bpe:270"])
+def test_saved_tokenizers_come_back_from_their_folder(tmp_path, name):
+    tokenizer = load_tokenizer(name, corpus_of(WORDS), cache_dir=tmp_path / "cache")
+    config = GPT2Config(vocab_size=tokenizer.vocab_size, context=4, width=4, depth=1, heads=1)
+    GPT2(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path / "saved")  # beside a model
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(f"hf:{tmp_path / 'saved'}", corpus_of("x"), cache_dir=tmp_path)
+    assert again.vocab_size == tokenizer.vocab_size
+    for text in (WORDS, "the , the . \n"[:4], "  sat\n"):
+        np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
+        assert again.decode(again.encode(text)) == text
+
+
+def test_long_texts_are_encoded_in_pieces(monkeypatch):
+    text = WORDS * 30
+    expected = character_tokenizer(text).encode(text)
+    monkeypatch.setattr(tokenizers, "PIECE", 100)
+    monkeypatch.setattr(tokenizers, "PIECES", 3)
+    parts = list(tokenizers.pieces(text))
+    assert "".join(parts) == text
+    assert {len(part) for part in parts} == {2 * len(WORDS)}
+    np.testing.assert_array_equal(character_tokenizer(text).encode(text), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("words", "unknown tokenizer 'words'; use one of chars"),
+        ("bpe:many", "at least 256"),
+        ("bpe:255", "at least 256"),
+        ("hf:", "unknown tokenizer 'hf:'"),
+    ],
+)
+def test_mistakes_about_tokenizers_are_named(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(name, corpus_of(WORDS), cache_dir=tmp_path)
+
+
+def test_folders_without_a_tokenizer_are_named(tmp_path):
+    with pytest.raises(UserError, match=f"cannot load the tokenizer hf:{tmp_path}"):
+        load_tokenizer(f"hf:{tmp_path}", corpus_of(WORDS), cache_dir=tmp_path)
+
+
+# ---- token ids on disk ----
+
+
+def test_token_ids_are_cached_by_text_and_tokenizer(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.txt", WORDS * 10)
+    options = {"cache_dir": tmp_path / "cache", "validation_fraction": 0.2, "test_fraction": 0.1}
+    splits = load_text(f"text:{file}", **options)
+    assert isinstance(splits.train.tokens, np.memmap)
+    assert splits.train.tokens.dtype == np.uint16
+    assert splits.tokenizer.decode(splits.train.tokens) == (WORDS * 10)[:371]
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+    load_text(f"text:{file}", tokenizer="bpe:256", **options)
+    assert len(list((tmp_path / "cache").iterdir())) == 7  # three splits and a tokenizer
+
+    def fail(self, text):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(Tokenizer, "encode", fail)
+    again = load_text(f"text:{file}", **options)
+    np.testing.assert_array_equal(again.train.tokens, splits.train.tokens)
+    with pytest.raises(AssertionError, match="encoded again"):
+        load_text(f"text:{write(file, 'x' + WORDS * 10)}", **options)
+
+
+def test_facts_for_bits_per_byte_and_word_perplexity(tmp_path):
+    write(tmp_path / "train.txt", "x")
+    write(tmp_path / "valid.txt", " = Ä b = \n \n c , d\n")
+    splits = load_text(f"text:{tmp_path}", tokenizer="bpe:256", cache_dir=tmp_path / "cache")
+    assert splits.validation.num_bytes == len(splits.validation.tokens) == 20
+    assert splits.validation.num_words == 4 + 3 + 3  # words, signs between spaces, and line ends
+    assert splits.sha256 == load_corpus(f"text:{tmp_path}").sha256
+
+
+def test_interrupted_writing_leaves_nothing_behind(tmp_path):
+    def interrupted(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "folder" / "file", interrupted)
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    write(tmp_path / "file", "no folder")
+    with pytest.raises(UserError, match=r"cannot write .*; set data\.cache_dir"):
+        load_text("docs", cache_dir=tmp_path / "file")
+
+
+# ---- windows ----
+
+
+@pytest.mark.parametrize(("length", "block"), [(40, 8), (41, 8), (47, 8), (16, 8), (15, 8), (9, 8)])
+def test_an_epoch_has_every_target_at_most_once_and_the_cut_moves(length, block):
+    epochs = [[] for _ in range(30)]
+    count = max(1, (length - block) // block)
+    iterator = train_windows(np.arange(length), block=block, batch_size=1, seed=0)
+    for place, batch in enumerate(take(iterator, 30 * count)):
+        window = batch["tokens"][0]
+        np.testing.assert_array_equal(np.diff(window), 1)
+        epochs[place // count].append(window)
+    targets = [np.sort(np.concatenate([w[1:] for w in epoch])) for epoch in epochs]
+    for epoch in targets:
+        np.testing.assert_array_equal(np.diff(epoch), 1)
+        assert len(epoch) == count * block
+    slack = length - 1 - count * block
+    assert {epoch[0] - 1 for epoch in targets} <= set(range(slack + 1))
+    assert len({epoch[0] for epoch in targets}) > slack / 2
+    assert set(np.concatenate(targets)) >= set(range(1 + slack // 2, length - slack // 2))
+    if count > 2:
+        orders = {tuple(np.argsort([w[0] for w in epoch])) for epoch in epochs}
+        assert len(orders) > 5
+
+
+@pytest.mark.parametrize("before", [0, 1, 3, 8])
+def test_the_state_resumes_in_the_middle_of_an_epoch(before):
+    def make():
+        return train_windows(np.arange(83), block=8, batch_size=4, seed=5)
+
+    iterator = make()
+    take(iterator, before)
+    state = json.dumps(iterator.get_state())
+    expected = take(iterator, 7)
+    resumed = make()
+    take(resumed, 2)
+    resumed.set_state(json.loads(state))
+    for batch, other in zip(take(resumed, 7), expected, strict=True):
+        np.testing.assert_array_equal(batch["tokens"], other["tokens"])
+
+
+def test_windows_follow_the_seed_and_have_one_dtype():
+    batches = [
+        next(train_windows(np.arange(83, dtype=np.uint16), block=8, batch_size=4, seed=seed))
+        for seed in (0, 0, 1)
+    ]
+    assert batches[0]["tokens"].dtype == np.int32
+    np.testing.assert_array_equal(batches[0]["tokens"], batches[1]["tokens"])
+    assert (batches[0]["tokens"] != batches[2]["tokens"]).any()
+
+
+@pytest.mark.parametrize("length", [2, 5, 8, 9, 10, 16, 17, 18, 50])
+@pytest.mark.parametrize("stride", [None, 1, 3, 7, 8])
+def test_evaluation_scores_every_token_once(length, stride):
+    tokens = np.arange(100, 100 + length, dtype=np.uint16)
+    batches = list(evaluation_windows(tokens, block=8, batch_size=3, stride=stride))
+    windows = np.concatenate([batch["tokens"] for batch in batches])
+    weight = np.concatenate([batch["weight"] for batch in batches])
+    assert windows.shape == (len(batches) * 3, 9)
+    assert windows.dtype == np.int32
+    scored = windows[:, 1:][weight == 1]
+    np.testing.assert_array_equal(scored, tokens[1:])  # in order, each once
+    rows, places = np.nonzero(weight)
+    if stride:  # all but the first window give enough context
+        assert (places[rows > 0] >= 8 - stride).all()
+    np.testing.assert_array_equal(np.diff(windows)[weight == 1], 1)
+
+
+def test_a_text_shorter_than_a_window_is_an_error():
+    with pytest.raises(UserError, match=r"has 8 tokens, less than one window of data\.block=8"):
+        train_windows(np.arange(8), block=8, batch_size=1, seed=0)
+    with pytest.raises(UserError, match="a text of 1 tokens"):
+        evaluation_windows(np.arange(1), block=8, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": 0, "batch_size": 1}, r"data\.block=0"),
+        ({"block": 4, "batch_size": 0}, r"data\.batch_size=0"),
+        ({"block": 4, "batch_size": 1, "stride": 5}, r"data\.stride=5 must lie in \[1, 4\]"),
+    ],
+)
+def test_mistakes_about_windows_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        evaluation_windows(np.arange(100), **options)
+
+
+def test_the_unigram_baseline():
+    train = np.array([0] * 5 + [1] * 2 + [2], np.uint16)
+    probabilities = np.array([6, 3, 2, 1]) / 12  # a fourth token never occurs
+    expected = -np.log(probabilities[[3, 0, 1]]).mean()
+    assert unigram_loss(train, np.array([3, 0, 1], np.uint16), 4) == pytest.approx(expected)
