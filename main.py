@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         if config.evaluate_only:
             check_workdir(workdir, config.to_dict())
         if config.evaluate_only or train(config, workdir):
-            print(summary_table(write_report(workdir)))
+            print(summary_table(write_report(workdir, config.evaluate_checkpoint)))
             print(f"\nsummary, masks and curves: {workdir}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
