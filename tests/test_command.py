@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
+import main
+from gaudi_jax.errors import UserError
 from gaudi_jax.report import write_report
 from gaudi_jax.training import loop
 from gaudi_jax.training.metrics import read_metrics
@@ -83,11 +87,35 @@ def test_evaluating_with_another_config_is_an_error(finished):
     assert_one_sentence(result, "holds the run of another config")
 
 
-@pytest.mark.slow
-def test_a_config_file_with_a_syntax_error_is_named(tmp_path):
-    (tmp_path / "broken.py").write_text("def get_config(:\n")
-    result = command(f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'run'}")
-    assert_one_sentence(result, "broken.py")
+@pytest.fixture
+def clean_flags():
+    """Removes the flags of main.py, which belong to the process, so that it can run again."""
+    yield
+    for name in list(flags.FLAGS):
+        if name.partition(".")[0] in ("config", "workdir"):
+            delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+    sys.modules.pop("config_config", None)  # the config file, as ml_collections names it
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(:\n", "broken.py has a syntax error"),
+        (
+            "def get_config():\n    return 1 / 0\n",
+            "broken.py, line 2: ZeroDivisionError('division by zero')",
+        ),
+        ("def get_config():\n    return {}['k']\n", "broken.py, line 2: KeyError('k')"),
+        ("import nowhere\n", "broken.py, line 1: ModuleNotFoundError"),
+        ("import math\nmath.foo\n", "broken.py, line 2: AttributeError"),
+        ("seed = 1\n", "has no function get_config"),
+    ],
+)
+def test_a_config_file_that_fails_is_named(code, message, tmp_path, clean_flags):
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(UserError, match=re.escape(message)):
+        main.parse_command_line(["main.py", f"--config={tmp_path / 'broken.py'}"])
 
 
 @pytest.mark.slow

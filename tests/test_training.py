@@ -193,6 +193,7 @@ def wrong(**changes):
         ({"data__batch_size": 0}, "batch_size=0"),
         ({"data__batch_size": 1000}, "batch_size=1000 must lie in"),
         ({"data__std": (0.0,)}, "must be positive"),
+        ({"data__std": ("much",)}, "must hold numbers only"),
         ({"data__mean": (0.1, 0.2)}, "2 numbers for images of 1 channels"),
         ({"data__mixup": -1.0}, "mixup=-1.0"),
         ({"data__label_smoothing": 1.0}, "label_smoothing=1.0"),
