@@ -10,6 +10,7 @@ Run again with the same workdir, it continues where the run stopped.
 import logging
 import re
 import sys
+import traceback
 from datetime import datetime
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
         if config.evaluate_only:
             check_workdir(workdir, config.to_dict())
         if config.evaluate_only or train(config, workdir):
-            print(summary_table(write_report(workdir)))
+            print(summary_table(write_report(workdir, config.evaluate_checkpoint)))
             print(f"\nsummary, masks and curves: {workdir}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,9 +62,7 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
     try:
         rest = flags.FLAGS(argv)
         _ = config.value.seed  # a config file that cannot be loaded fails when it is used
-    except SyntaxError as error:
-        raise UserError(f"the config file {error.filename} has a syntax error: {error}") from error
-    except (flags.Error, AttributeError, ImportError, NameError, OSError, UserError) as error:
+    except Exception as error:  # the code of a config file may raise anything
         raise UserError(_explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options begin with --")
@@ -72,15 +71,23 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
     return config.value, workdir.value or fresh
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: Exception) -> str:
     """One sentence for what absl and ml_collections say in many."""
-    if isinstance(error, AttributeError) and not isinstance(error, NameError):
-        return "the config has no key: " + " ".join(str(error).replace("\\n", " ").split())
-    if isinstance(error, OSError):
-        return " ".join(str(error).split())
-    # Errors of a config file arrive as the text of a traceback, whose last line says it.
-    last_line = str(error).strip().splitlines()[-1].strip()
-    return last_line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    text = " ".join(str(error).replace("\\n", " ").split())
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, flags.Error):
+        # Errors of a config file may arrive as the text of a traceback, whose last line says it.
+        last_line = str(error).strip().splitlines()[-1].strip()
+        return last_line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    if isinstance(error, OSError | UserError):
+        return text
+    if isinstance(error, SyntaxError):
+        return f"the config file {error.filename} has a syntax error: {text}"
+    if isinstance(error, AttributeError) and "ml_collections" in place.filename:
+        if "'get_config'" in text:
+            return "the config file has no function get_config; see configs/ for examples"
+        return f"the config has no key: {text}"
+    return f"the config file fails in {place.filename}, line {place.lineno}: {error!r}"
 
 
 if __name__ == "__main__":

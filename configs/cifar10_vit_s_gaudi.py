@@ -49,5 +49,5 @@ def get_config(arguments: str | None = None):
     config.train.update(steps=steps, log_every=50, eval_every=440)
     config.checkpoint.every = 440
     if args["smoke"]:
-        use_smoke_data(config, image_size=32)
+        use_smoke_data(config, args, image_size=32)
     return config

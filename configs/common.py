@@ -10,7 +10,27 @@ from gaudi_jax.errors import UserError
 Argument = Any  # str, float, int or bool
 
 
-def parse_arguments(text: str | None, defaults: dict[str, Argument]) -> dict[str, Argument]:
+class Arguments(dict[str, Argument]):
+    """The arguments of a config with their values.
+
+    Attributes:
+        given: those that the text names; the others have their defaults.
+    """
+
+    given: frozenset[str] = frozenset()
+
+    def reject(self, *names: str, because: str) -> None:
+        """Stops at arguments that were given and would change nothing.
+
+        Raises:
+            UserError: one of the names was given.
+        """
+        for name in names:
+            if name in self.given:
+                raise UserError(f"config argument {name!r} has no effect {because}; leave it out")
+
+
+def parse_arguments(text: str | None, defaults: dict[str, Argument]) -> Arguments:
     """Parses ``layer=dense,smoke``: comma-separated key=value, where a bare word means True.
 
     Args:
@@ -23,7 +43,7 @@ def parse_arguments(text: str | None, defaults: dict[str, Argument]) -> dict[str
     Raises:
         UserError: an argument is unknown, or its value is missing or of another type.
     """
-    arguments = dict(defaults)
+    arguments = Arguments(defaults)
     for word in filter(None, (text or "").split(",")):
         key, has_value, value = word.partition("=")
         if key not in defaults:
@@ -40,6 +60,7 @@ def parse_arguments(text: str | None, defaults: dict[str, Argument]) -> dict[str
             raise UserError(
                 f"config argument {word!r} needs a value like {defaults[key]!r}"
             ) from None
+        arguments.given |= {key}
     return arguments
 
 
@@ -49,6 +70,7 @@ def base_config() -> ConfigDict:
     config.seed = 0
     config.init_from = ""  # workdir of a run whose parameters this one starts from
     config.evaluate_only = False
+    config.evaluate_checkpoint = "last"  # or best: the one that the report is about
 
     config.data = ConfigDict(
         {
@@ -126,7 +148,7 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
 
 
 def use_layer(
-    config: ConfigDict, args: dict[str, Argument], *, paper_target: float, paper_strength: float
+    config: ConfigDict, args: Arguments, *, paper_target: float, paper_strength: float
 ) -> None:
     """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
 
@@ -135,16 +157,22 @@ def use_layer(
     threshold while the mean width exceeds its target.
 
     Raises:
-        UserError: the recipe is unknown, or the budget is out of range.
+        UserError: the recipe is unknown, the budget is out of range, or an argument has no effect.
     """
     if args["recipe"] not in ("budget", "paper"):
         raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
     if not 0 < args["budget"] <= 1:
         raise UserError(f"budget={args['budget']} is outside (0, 1]; give a fraction such as 0.3")
     names = {part: args[part] or args["layer"] for part in ("attention", "mlp")}
+    if args["attention"] and args["mlp"]:
+        args.reject("layer", because="beside attention and mlp")
+    if set(names.values()) == {"dense"}:
+        args.reject("budget", because="on dense layers")
+    if args["recipe"] == "paper" and "low_rank" not in names.values():
+        args.reject("budget", because="on recipe=paper")
     gaudi: dict = {"name": "gaudi", "rank": 1, "granularity": 1}
     if "gaudi" not in names.values():
-        pass
+        args.reject("recipe", because="without Gaudi layers")
     elif args["recipe"] == "paper":
         config.sigma.update(start=1.0, end=100.0, begin=5 / 300)
         config.controller.update(
@@ -162,8 +190,13 @@ def use_layer(
             config.layer[part] = ConfigDict(options.get(name, {"name": name}))
 
 
-def use_smoke_data(config: ConfigDict, image_size: int) -> None:
-    """Shrinks a config to a minute on generated images, to see that everything works."""
+def use_smoke_data(config: ConfigDict, args: Arguments, image_size: int) -> None:
+    """Shrinks a config to a minute on generated images, to see that everything works.
+
+    Raises:
+        UserError: an argument has no effect.
+    """
+    args.reject("data", "epochs", because="beside smoke")
     config.data.update(
         name=f"generated:10x{image_size}x3",
         image_size=image_size,

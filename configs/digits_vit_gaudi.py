@@ -26,5 +26,5 @@ def get_config(arguments: str | None = None):
     config.train.update(steps=3000, log_every=25, eval_every=250)
     config.checkpoint.every = 250
     if args["smoke"]:
-        use_smoke_data(config, image_size=8)
+        use_smoke_data(config, args, image_size=8)
     return config

@@ -56,5 +56,5 @@ def get_config(arguments: str | None = None):
     config.train.update(steps=steps, log_every=100, eval_every=1251)
     config.checkpoint.every = 1251
     if args["smoke"]:
-        use_smoke_data(config, image_size=32)
+        use_smoke_data(config, args, image_size=32)
     return config

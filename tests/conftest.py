@@ -1,9 +1,21 @@
 """Settings for all tests: exact products on every platform, errors for silent mistakes."""
 
+import os
+import tempfile
+
 import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Programs that many tests share are compiled once, also by the processes that tests start.
+_compiled = tempfile.TemporaryDirectory(prefix="gaudi_jax_compiled_")
+for name, value in {
+    "jax_compilation_cache_dir": _compiled.name,
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+}.items():
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)
 
 
 @pytest.fixture

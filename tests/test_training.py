@@ -3,10 +3,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +10,6 @@ import pytest
 from flax import nnx
 
 import gaudi_jax
-from configs import cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi
 from gaudi_jax.data.images import load_images
 from gaudi_jax.errors import UserError
 from gaudi_jax.report import write_report
@@ -22,35 +17,8 @@ from gaudi_jax.training import loop
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.metrics import Progress, read_metrics
 from gaudi_jax.training.setup import resolve_config
-from gaudi_jax.training.step import CostWeights, split_model, structure_metrics
-
-ROOT = Path(__file__).parents[1]
-
-
-def tiny_config(arguments="smoke", steps=8):
-    config = digits_vit_gaudi.get_config(arguments)
-    config.model.update(width=16, depth=1, heads=2, mlp_ratio=2.0)
-    config.data.update(name="generated:4x8x1", batch_size=32, mixup=0.5, cutmix=0.5)
-    config.train.update(steps=steps, log_every=2, eval_every=4)
-    config.checkpoint.update(every=2, keep=2)
-    return config
-
-
-def parameters(workdir, step=None):
-    return split_model(gaudi_jax.load(workdir, step))[1]
-
-
-def assert_same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def rows_without_time(workdir):
-    return [
-        {name: value for name, value in row.items() if name != "examples_per_second"}
-        for row in read_metrics(workdir)
-    ]
+from gaudi_jax.training.step import CostWeights, structure_metrics
+from tests.runs import assert_same, parameters, rows_without_time, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +54,25 @@ def test_a_run_leaves_a_readable_report(finished):
     assert {row["step"] for row in rows} == {2, 4, 6, 8}
     for name in ("train_loss", "learning_rate", "sigma", "target", "mean_width"):
         assert name in last[0]
+
+
+def test_the_report_is_about_the_checkpoint_that_is_asked_for(tmp_path, monkeypatch):
+    # The best is that of step 6: at step 2 the budget has not reached its target.
+    accuracies = iter([0.9, 0.25, 0.75, 0.5])
+    config = tiny_config()
+    config.train.eval_every = 2
+    config.evaluate_checkpoint = "best"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop, "evaluate_batches", lambda *_: {"loss": 1.0, "accuracy": next(accuracies)}
+        )
+        assert loop.train(config, tmp_path)
+    assert write_report(tmp_path)["steps"] == 6
+    assert write_report(tmp_path, "last")["steps"] == 8
+    summary = write_report(tmp_path, 6)
+    assert summary["steps"] == 6
+    with pytest.raises(UserError, match="has no checkpoint 5"):
+        write_report(tmp_path, 5)
 
 
 def test_load_gives_the_trained_model_in_evaluation_mode(finished):
@@ -188,18 +175,6 @@ def test_metrics_of_models_with_billions_of_multiplications():
     np.testing.assert_allclose(relative, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("module", [cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi])
-@pytest.mark.parametrize("arguments", [None, "layer=dense", "recipe=paper", "smoke"])
-def test_configs_build(module, arguments):
-    config = module.get_config(arguments)
-    with config.unlocked():
-        config.model.update(image_size=config.data.image_size, channels=3, num_classes=10)
-    loop.build_schedules(config)
-    if arguments == "smoke":
-        assert config.data.name.startswith("generated:")
-        loop.build_model(config)
-
-
 def wrong(**changes):
     config = tiny_config()
     for key, value in changes.items():
@@ -218,6 +193,7 @@ def wrong(**changes):
         ({"data__batch_size": 0}, "batch_size=0"),
         ({"data__batch_size": 1000}, "batch_size=1000 must lie in"),
         ({"data__std": (0.0,)}, "must be positive"),
+        ({"data__std": ("much",)}, "must hold numbers only"),
         ({"data__mean": (0.1, 0.2)}, "2 numbers for images of 1 channels"),
         ({"data__mixup": -1.0}, "mixup=-1.0"),
         ({"data__label_smoothing": 1.0}, "label_smoothing=1.0"),
@@ -230,11 +206,13 @@ def wrong(**changes):
         ({"seed": -1}, "seed=-1 is outside"),
         ({"model__mlp_ratio": 0.0}, "mlp_ratio=0.0 leaves no hidden features"),
         ({"optimizer__b1": 1.5}, "b1=1.5 is outside"),
-        ({"optimizer__learning_rate": -1.0}, "learning rate -1.0 must not be negative"),
+        ({"optimizer__learning_rate": -1.0}, "must never be negative: .*peak -1.0"),
+        ({"optimizer__end_factor": -1.0}, "must never be negative: .*end -0.004"),
         ({"optimizer__weight_decay": -1.0}, "weight_decay=-1.0 must not be negative"),
         ({"sigma__begin": 1.0, "sigma__finish": 0.5}, "sigma must rise between two steps"),
         ({"train__log_every": 0}, "train.log_every=0"),
         ({"checkpoint__keep": 0}, "keep=0"),
+        ({"evaluate_checkpoint": "first"}, "unknown evaluate_checkpoint 'first'"),
         ({"init_from": "/nowhere"}, "/nowhere holds no run"),
     ],
 )
@@ -254,8 +232,9 @@ def test_a_workdir_of_another_config_is_left_alone(finished):
 def test_what_does_not_define_a_run_may_change_when_it_goes_on(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     config = tiny_config()
-    config.train.log_every = 5
-    config.checkpoint.keep = 9
+    config.train.update(log_every=5, eval_every=3)
+    config.checkpoint.update(every=3, keep=9)
+    config.evaluate_checkpoint = "best"
     assert loop.train(config, tmp_path / "run")
 
 
@@ -276,187 +255,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, log_every):
     with pytest.raises(UserError, match=r"the loss is nan at step \d; lower"):
         loop.train(config, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
-
-
-# ---- as a command ----
-
-
-def command(*arguments, devices=1, **options):
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
-    return subprocess.run(
-        [sys.executable, "main.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
-
-
-def assert_one_sentence(result, message):
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path):
-    result = command("--config.train.stepz=3", f"--workdir={tmp_path / 'run'}")
-    assert_one_sentence(result, 'Did you mean "steps"')
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config.train.steps=many"], "invalid literal for int() with base 10: 'many'"),
-        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
-        (["--config=configs/digits_vit_gaudi.py:budget=x"], "'budget=x' needs a value like 0.33"),
-        (["--config=configs/digits_vit_gaudi.py:layr=x"], "unknown config argument 'layr'"),
-        (["--config=configs/digits_vit_gaudi.py:layer=blast"], "unknown layer 'blast'"),
-        (["--config.data.name=folder:/nowhere"], "data folder /nowhere is not there"),
-        (["--speed=9"], "Unknown command line flag 'speed'"),
-        (["train"], "unexpected argument 'train'"),
-        (["--config.evaluate_only=True"], "holds no run"),
-    ],
-)
-def test_every_mistake_is_one_sentence(arguments, message, tmp_path):
-    assert_one_sentence(command(*arguments, f"--workdir={tmp_path / 'run'}"), message)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_evaluating_with_another_config_is_an_error(finished):
-    write_report(finished)
-    result = command(f"--workdir={finished}", "--config.evaluate_only=True")
-    assert_one_sentence(result, "holds the run of another config")
-
-
-@pytest.mark.slow
-def test_a_config_file_with_a_syntax_error_is_named(tmp_path):
-    (tmp_path / "broken.py").write_text("def get_config(:\n")
-    result = command(f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'run'}")
-    assert_one_sentence(result, "broken.py")
-
-
-@pytest.mark.slow
-def test_a_batch_that_the_devices_cannot_share_is_named(tmp_path):
-    result = command("--config.data.batch_size=60", f"--workdir={tmp_path / 'run'}", devices=8)
-    assert_one_sentence(result, "batch_size=60 cannot be split over 8 devices")
-
-
-KILLED = (
-    "--config=configs/digits_vit_gaudi.py:smoke",
-    "--config.train.steps=200",
-    "--config.train.eval_every=40",
-    "--config.checkpoint.every=10",
-)
-
-
-def start(workdir):
-    return subprocess.Popen(
-        [sys.executable, "main.py", *KILLED, f"--workdir={workdir}"],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-
-
-@pytest.mark.slow
-def test_killed_at_random_and_started_again_ends_bitwise_the_same(tmp_path):
-    assert start(tmp_path / "whole").wait() == 0
-    rng = np.random.default_rng(int(time.time()))
-    workdir, kills = tmp_path / "killed", 0
-    for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
-        before = len(read_metrics(workdir))
-        process = start(workdir)
-        while process.poll() is None and len(read_metrics(workdir)) < before + 2:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 1.0))
-        process.send_signal(kind)
-        code = process.wait()
-        kills += code == -signal.SIGKILL
-        assert code in (0, -signal.SIGKILL)  # SIGTERM saves and ends well
-    assert kills > 0
-    result = command(*KILLED, f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr
-    assert_same(parameters(workdir), parameters(tmp_path / "whole"))
-    assert sum("resumed_from" in row for row in read_metrics(workdir)) > 0
-    killed, whole = (
-        json.loads((path / "summary.json").read_text()) for path in (workdir, tmp_path / "whole")
-    )
-    assert killed == whole
-
-
-RUN_SCRIPT = """
-import sys
-from tests.test_training import tiny_config
-from gaudi_jax.training import loop
-config = tiny_config(steps=20)
-config.train.log_every = 1
-loop.train(config, sys.argv[1])
-"""
-
-# An "optimizer" whose state is the gradient shows what the real training step computes.
-GRADIENT_SCRIPT = """
-import jax, jax.numpy as jnp, numpy as np, optax
-from gaudi_jax.cost import cost
-from gaudi_jax.data.images import load_images
-from gaudi_jax.data.pipeline import train_batches
-from gaudi_jax.training.evaluate import data_mesh, image_task, put_batch
-from gaudi_jax.training.setup import build_model, build_schedules, resolve_config
-from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
-from tests.test_training import tiny_config
-splits = load_images("generated:4x8x1")
-config = resolve_config(tiny_config(), splits)
-options = {"batch_size": 32, "image_size": 8, "seed": 0}
-batch = next(train_batches(splits.train, **options))
-model = build_model(config)
-weights = CostWeights.of(cost(model, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)))
-graphdef, params, other = split_model(model)
-keep = optax.GradientTransformation(
-    lambda params: params, lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g)
-)
-step = make_train_step(graphdef, keep, build_schedules(config), image_task(config), weights, 0)
-auto = (jax.sharding.AxisType.Auto,)
-gradients = []
-for mesh in (jax.make_mesh((1,), ("data",), auto, devices=jax.devices()[:1]), data_mesh(32)):
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state = TrainState(jnp.int32(0), params, other, params)
-    state = jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated), state)
-    gradients.append(jax.tree.map(np.asarray, step(state, put_batch(batch, mesh))[0].opt_state))
-assert data_mesh(32).size == 8
-for one, eight in zip(*map(jax.tree.leaves, gradients), strict=True):
-    assert np.abs(one).max() > 0 or one.size < 64
-    np.testing.assert_allclose(eight, one, atol=1e-5)
-"""
-
-
-def run_script(script, *arguments, devices):
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    interpreter = [sys.executable, "-c", script, *map(str, arguments)]
-    subprocess.run(interpreter, cwd=ROOT, env=os.environ | flags, check=True)
-
-
-@pytest.mark.slow
-def test_first_gradients_of_eight_devices_are_those_of_one():
-    run_script(GRADIENT_SCRIPT, devices=8)
-
-
-@pytest.mark.slow
-def test_eight_devices_train_as_one_does(tmp_path):
-    losses = {}
-    for name, devices in {"one": 1, "eight": 8, "again": 8}.items():
-        run_script(RUN_SCRIPT, tmp_path / name, devices=devices)
-        rows = read_metrics(tmp_path / name)
-        losses[name] = [row["train_loss"] for row in rows if "train_loss" in row]
-    assert len(losses["one"]) == 20
-    np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-4)
-    assert_same(parameters(tmp_path / "again"), parameters(tmp_path / "eight"))

@@ -4,7 +4,7 @@ import pytest
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.metrics import MetricLog, Progress, read_metrics
-from gaudi_jax.training.workdir import claim_workdir, read_config
+from gaudi_jax.training.workdir import check_workdir, claim_workdir, read_config
 
 CONFIG = {"seed": 0, "sigma": {"start": 1.0, "end": math.inf}, "data": {"mean": (0.5, 0.25)}}
 
@@ -21,7 +21,16 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
         claim_workdir(tmp_path, CONFIG | {"seed": 1})
     with pytest.raises(UserError, match=r"sigma.end is inf there and 100.0 here"):
         claim_workdir(tmp_path, CONFIG | {"sigma": {"start": 1.0, "end": 100.0}})
+    with pytest.raises(UserError, match=r"seed is 0 there and None here"):
+        claim_workdir(tmp_path, {key: value for key, value in CONFIG.items() if key != "seed"})
     assert read_config(tmp_path) == CONFIG
+
+
+def test_what_the_data_decide_is_compared_only_where_it_is_known(tmp_path):
+    claim_workdir(tmp_path, CONFIG | {"model": {"width": 8, "num_classes": 10}})
+    check_workdir(tmp_path, CONFIG | {"model": {"width": 8}})
+    with pytest.raises(UserError, match=r"model.num_classes is 10 there and 9 here"):
+        check_workdir(tmp_path, CONFIG | {"model": {"width": 8, "num_classes": 9}})
 
 
 def test_an_unusable_workdir_is_named(tmp_path):

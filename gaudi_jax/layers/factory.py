@@ -149,7 +149,7 @@ class GaudiFactory:
         locations: initial locations, "zero" or "spaced".
 
     Raises:
-        UserError: a choice is unknown, or the density is missing or out of range.
+        UserError: a choice is unknown, or the density is out of range.
     """
 
     rank: int = 1
@@ -188,10 +188,6 @@ class GaudiFactory:
         if self.widths == "split":
             return initializers.split_widths(self.density)
         if self.widths == "leading":
-            if self.density is None:
-                raise UserError(
-                    "initial widths 'leading' need a density; give a fraction in (0, 1]"
-                )
             return initializers.leading_widths(self.density)
         raise UserError(f"unknown initial widths {self.widths!r}; use 'split' or 'leading'")
 

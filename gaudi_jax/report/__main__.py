@@ -11,8 +11,14 @@ def main() -> int:
     """Writes the report and prints its table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m gaudi_jax.report", description=__doc__)
     parser.add_argument("workdir", help="directory of a run")
+    parser.add_argument(
+        "--step",
+        type=lambda text: int(text) if text.isdigit() else text,
+        help="step of the checkpoint, best or last; by default what the run's config says",
+    )
+    arguments = parser.parse_args()
     try:
-        print(summary_table(write_report(parser.parse_args().workdir)))
+        print(summary_table(write_report(arguments.workdir, arguments.step)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

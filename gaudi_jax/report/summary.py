@@ -9,34 +9,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from ml_collections import ConfigDict
 
 from gaudi_jax.cost import cost
 from gaudi_jax.data.images import load_images
+from gaudi_jax.layers import Sigma
 from gaudi_jax.report.plots import plot_curves, plot_masks
 from gaudi_jax.report.tables import summary_table
 from gaudi_jax.training.evaluate import evaluate_model
-from gaudi_jax.training.load import load
+from gaudi_jax.training.load import load_with_step
 from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.workdir import read_config
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def write_report(workdir: str | Path) -> dict[str, Any]:
-    """Evaluates the newest model of a run on the test split and writes its report.
+def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str, Any]:
+    """Evaluates the model of a run on the test split and writes its report.
 
     Writes ``summary.json``, the same as a table in ``summary.txt``, ``masks.png`` (for models with
     Gaudi layers) and ``curves.png``.
 
     Args:
         workdir: directory of the run.
+        step: which checkpoint: its step, "best" (by validation accuracy) or "last"; None for what
+            the run's config says (``evaluate_checkpoint``).
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
-        UserError: the workdir holds no run or no checkpoint, or its data are gone.
+        UserError: the workdir holds no run or no such checkpoint, or its data are gone.
 
     Example:
         >>> from gaudi_jax.report import write_report
@@ -45,7 +49,8 @@ def write_report(workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     config = ConfigDict(read_config(workdir))
     rows = read_metrics(workdir)
-    model = load(workdir)
+    choice = config.evaluate_checkpoint if step is None else step
+    model, steps = load_with_step(workdir, None if choice == "last" else choice)
     data = config.data
     splits = load_images(
         data.name,
@@ -54,14 +59,15 @@ def write_report(workdir: str | Path) -> dict[str, Any]:
         verify=False,
     )
     soft = evaluate_model(model, config, splits, "test")
-    hard = evaluate_model(model, config, splits, "test", sigma=math.inf)
+    # Where no mask is soft, hard masks are the same ones.
+    hard = evaluate_model(model, config, splits, "test", sigma=math.inf) if _soft(model) else soft
     validation = evaluate_model(model, config, splits, "validation")
     image = (1, data.image_size, data.image_size, config.model.channels)
     costs = cost(model, jax.ShapeDtypeStruct(image, jnp.float32))
     summary = {
         "data": data.name,
         "seed": config.seed,
-        "steps": max((row["step"] for row in rows if "step" in row), default=0),
+        "steps": steps,
         "test_accuracy_soft": soft["accuracy"],
         "test_accuracy_hard": hard["accuracy"],
         "test_loss_soft": soft["loss"],
@@ -88,6 +94,11 @@ def write_report(workdir: str | Path) -> dict[str, Any]:
         plot_curves(rows, workdir / "curves.png", target_of="mean_width")
     plot_masks(model, workdir / "masks.png")
     return summary
+
+
+def _soft(model: nnx.Module) -> bool:
+    sigmas = nnx.to_flat_state(nnx.state(model, Sigma))
+    return any(math.isfinite(variable[...]) for _, variable in sigmas)
 
 
 def _layer(layer: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def image_task(config: ConfigDict) -> ImageTask:
     statistics = {}
     for name in ("mean", "std"):
         values = tuple(data[name])
+        if not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"data.{name}={values} must hold numbers only, one for each channel")
         if len(values) not in (1, channels):
             raise UserError(
                 f"data.{name}={values} has {len(values)} numbers for images of {channels} channels"

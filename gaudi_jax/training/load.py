@@ -26,6 +26,11 @@ def load(workdir: str | Path, step: int | str | None = None) -> nnx.Module:
         >>> import gaudi_jax
         >>> model = gaudi_jax.load("runs/digits")  # doctest: +SKIP
     """
+    return load_with_step(workdir, step)[0]
+
+
+def load_with_step(workdir: str | Path, step: int | str | None = None) -> tuple[nnx.Module, int]:
+    """As `load`, with the step of the checkpoint beside the model."""
     workdir = Path(workdir)
     config = ConfigDict(read_config(workdir))
 
@@ -36,4 +41,4 @@ def load(workdir: str | Path, step: int | str | None = None) -> nnx.Module:
         raise UserError(f"{workdir} holds no checkpoint; train it first")
     model = nnx.merge(graphdef, restored.state["params"], restored.state["other"])
     model.eval()
-    return model
+    return model, restored.step

@@ -26,7 +26,7 @@ from gaudi_jax.training.setup import (
     build_model,
     build_optimizer,
     build_schedules,
-    check_intervals,
+    check_options,
     resolve_config,
 )
 from gaudi_jax.training.step import (
@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
         UserError: the config, the data or the workdir is not usable, or the loss is not finite.
     """
     # ---- data -----------------------------------------------------------------------------------
-    check_intervals(config)
+    check_options(config)
     data = config.data
     splits = load_images(
         data.name,
@@ -96,7 +96,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
         TrainState(jnp.zeros([], jnp.int32), params, other, optimizer.init(params)), replicated
     )
     step_fn = make_train_step(
-        graphdef, optimizer, schedules, task, CostWeights.of(model_cost), config.seed
+        graphdef, optimizer, schedules, task, CostWeights.of(model_cost), config.seed, replicated
     )
     model.eval()
     evaluation_fn = make_evaluation_step(nnx.graphdef(model), task)

@@ -12,14 +12,19 @@ def warmup_cosine(
 ) -> optax.Schedule:
     """Linear warm-up from `start` to `peak`, then a cosine down to `end`.
 
+    Raises:
+        UserError: a learning rate is negative, or the warm-up does not end before the last step.
+
     Example:
         >>> from gaudi_jax.training.schedules import warmup_cosine
         >>> schedule = warmup_cosine(1.0, warmup_steps=10, total_steps=20)
         >>> float(schedule(5)), float(schedule(10)), float(schedule(20))
         (0.5, 1.0, 0.0)
     """
-    if peak < 0:
-        raise UserError(f"the learning rate {peak} must not be negative")
+    if min(start, peak, end) < 0:
+        raise UserError(
+            f"the learning rate must never be negative: start {start}, peak {peak}, end {end}"
+        )
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
             f"warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps}); shorten the "
@@ -30,6 +35,9 @@ def warmup_cosine(
 
 def annealed_sigma(start: float, end: float, *, first_step: int, last_step: int) -> optax.Schedule:
     """Sigma rises linearly from `start` to `end` between two steps, constant before and after.
+
+    Raises:
+        UserError: a sigma is not positive, only one is infinite, or the steps are out of order.
 
     Example:
         >>> from gaudi_jax.training.schedules import annealed_sigma
@@ -55,6 +63,9 @@ def falling_budget(
 
     ``budget + (start - budget) (1 - t)^3``, as in gradual pruning (Zhu & Gupta, 2017,
     arXiv:1710.01878): fast while the model has much to spare, slow at the end.
+
+    Raises:
+        UserError: the budget is out of range, or the steps are out of order.
 
     Example:
         >>> from gaudi_jax.training.schedules import falling_budget

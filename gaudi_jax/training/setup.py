@@ -57,11 +57,11 @@ def resolve_config(config: ConfigDict, splits: ImageSplits) -> ConfigDict:
     return resolved
 
 
-def check_intervals(config: ConfigDict) -> None:
-    """Checks the seed and the numbers that say how often something is done.
+def check_options(config: ConfigDict) -> None:
+    """Checks the seed, the numbers that say how often something is done, and what is evaluated.
 
     Raises:
-        UserError: one of them is out of range.
+        UserError: one of them is out of range or unknown.
     """
     numbers = {
         "train.steps": config.train.steps,
@@ -75,6 +75,10 @@ def check_intervals(config: ConfigDict) -> None:
             raise UserError(f"{name}={value} must be at least 1")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} is outside [0, 2^32)")
+    if config.evaluate_checkpoint not in ("last", "best"):
+        raise UserError(
+            f"unknown evaluate_checkpoint {config.evaluate_checkpoint!r}; use last or best"
+        )
 
 
 def build_model(config: ConfigDict) -> ViT:

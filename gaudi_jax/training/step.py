@@ -121,10 +121,21 @@ def make_train_step(
     task: ImageTask,
     cost_weights: CostWeights,
     seed: int,
+    sharding: jax.sharding.Sharding,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted training step; the old state is donated.
 
     Randomness is a function of the seed and the step alone, so that a resumed run repeats it.
+
+    Args:
+        graphdef: of the model in training mode.
+        optimizer: over the model's parameters.
+        schedules: of sigma, and for the metrics.
+        task: how a batch becomes inputs and targets.
+        cost_weights: of the model's Gaudi layers.
+        seed: of mixing and dropout.
+        sharding: of the state, which the new state keeps: were it left to the compiler, the second
+            step could be compiled anew, or not use the donated memory.
 
     Returns:
         A function ``(state, batch) -> (state, metrics)``; the batch holds uint8 images
@@ -164,7 +175,7 @@ def make_train_step(
         _, _, other = split_model(model)
         return TrainState(state.step + 1, params, other, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
 
 
 def structure_metrics(model: nnx.Module, weights: CostWeights) -> Metrics:

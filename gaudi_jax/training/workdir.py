@@ -11,7 +11,17 @@ from gaudi_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 #: Keys that say what to do with a run, and not what it is: they may change when it goes on.
-NOT_PART_OF_A_RUN = ("evaluate_only", "train.log_every", "checkpoint.keep", "data.verify")
+NOT_PART_OF_A_RUN = (
+    "evaluate_only",
+    "evaluate_checkpoint",
+    "train.log_every",
+    "train.eval_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.verify",
+)
+#: Keys that the data decide; only the config of a run that has opened its data has them.
+DECIDED_BY_DATA = ("model.image_size", "model.channels", "model.num_classes")
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
@@ -51,21 +61,23 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
 
     Args:
         workdir: directory of a run.
-        config: the config, resolved or not: keys that only the run has are not compared.
+        config: the config; what the data decide is compared where it has them.
 
     Raises:
         UserError: it holds no run, or that of another config.
     """
     saved, own = _flatten(read_config(workdir)), _flatten(_decode(_encode(config)))
+    known = {key: value for key, value in saved.items() if key in DECIDED_BY_DATA} | own
     missing = object()
     differing = sorted(
         key
-        for key, value in own.items()
-        if key not in NOT_PART_OF_A_RUN and saved.get(key, missing) != value
+        for key in (saved.keys() | known.keys()) - set(NOT_PART_OF_A_RUN)
+        if saved.get(key, missing) != known.get(key, missing)
     )
     if differing:
         details = ", ".join(
-            f"{key} is {saved.get(key)!r} there and {own[key]!r} here" for key in differing[:3]
+            f"{key} is {saved.get(key)!r} there and {known.get(key)!r} here"
+            for key in differing[:3]
         )
         raise UserError(
             f"workdir {workdir} holds the run of another config ({details}); use another --workdir "

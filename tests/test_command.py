@@ -1,0 +1,237 @@
+"""main.py as a command, in its own processes: mistakes, kills, and many devices."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+import main
+from gaudi_jax.errors import UserError
+from gaudi_jax.report import write_report
+from gaudi_jax.training import loop
+from gaudi_jax.training.metrics import read_metrics
+from tests.runs import assert_same, parameters, tiny_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    assert loop.train(tiny_config(), workdir)
+    return workdir
+
+
+def command(*arguments, devices=1, **options):
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def assert_one_sentence(result, message):
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path):
+    result = command("--config.train.stepz=3", f"--workdir={tmp_path / 'run'}")
+    assert_one_sentence(result, 'Did you mean "steps"')
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.steps=many"], "invalid literal for int() with base 10: 'many'"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=configs/digits_vit_gaudi.py:budget=x"], "'budget=x' needs a value like 0.33"),
+        (["--config=configs/digits_vit_gaudi.py:layr=x"], "unknown config argument 'layr'"),
+        (["--config=configs/digits_vit_gaudi.py:layer=blast"], "unknown layer 'blast'"),
+        (["--config.data.name=folder:/nowhere"], "data folder /nowhere is not there"),
+        (["--speed=9"], "Unknown command line flag 'speed'"),
+        (["train"], "unexpected argument 'train'"),
+        (["--config.evaluate_only=True"], "holds no run"),
+    ],
+)
+def test_every_mistake_is_one_sentence(arguments, message, tmp_path):
+    assert_one_sentence(command(*arguments, f"--workdir={tmp_path / 'run'}"), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_evaluating_with_another_config_is_an_error(finished):
+    write_report(finished)
+    result = command(f"--workdir={finished}", "--config.evaluate_only=True")
+    assert_one_sentence(result, "holds the run of another config")
+
+
+@pytest.fixture
+def clean_flags():
+    """Removes the flags of main.py, which belong to the process, so that it can run again."""
+    yield
+    for name in list(flags.FLAGS):
+        if name.partition(".")[0] in ("config", "workdir"):
+            delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+    sys.modules.pop("config_config", None)  # the config file, as ml_collections names it
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(:\n", "broken.py has a syntax error"),
+        (
+            "def get_config():\n    return 1 / 0\n",
+            "broken.py, line 2: ZeroDivisionError('division by zero')",
+        ),
+        ("def get_config():\n    return {}['k']\n", "broken.py, line 2: KeyError('k')"),
+        ("import nowhere\n", "broken.py, line 1: ModuleNotFoundError"),
+        ("import math\nmath.foo\n", "broken.py, line 2: AttributeError"),
+        ("seed = 1\n", "has no function get_config"),
+    ],
+)
+def test_a_config_file_that_fails_is_named(code, message, tmp_path, clean_flags):
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(UserError, match=re.escape(message)):
+        main.parse_command_line(["main.py", f"--config={tmp_path / 'broken.py'}"])
+
+
+@pytest.mark.slow
+def test_a_batch_that_the_devices_cannot_share_is_named(tmp_path):
+    result = command("--config.data.batch_size=60", f"--workdir={tmp_path / 'run'}", devices=8)
+    assert_one_sentence(result, "batch_size=60 cannot be split over 8 devices")
+
+
+KILLED = (
+    "--config=configs/digits_vit_gaudi.py:smoke",
+    "--config.train.steps=200",
+    "--config.train.eval_every=40",
+    "--config.checkpoint.every=10",
+)
+
+
+def start(workdir):
+    return subprocess.Popen(
+        [sys.executable, "main.py", *KILLED, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_started_again_ends_bitwise_the_same(tmp_path):
+    assert start(tmp_path / "whole").wait() == 0
+    rng = np.random.default_rng(int(time.time()))
+    workdir, kills = tmp_path / "killed", 0
+    for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        before = len(read_metrics(workdir))
+        process = start(workdir)
+        while process.poll() is None and len(read_metrics(workdir)) < before + 2:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.0))
+        process.send_signal(kind)
+        code = process.wait()
+        kills += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL)  # SIGTERM saves and ends well
+    assert kills > 0
+    result = command(*KILLED, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert_same(parameters(workdir), parameters(tmp_path / "whole"))
+    assert sum("resumed_from" in row for row in read_metrics(workdir)) > 0
+    killed, whole = (
+        json.loads((path / "summary.json").read_text()) for path in (workdir, tmp_path / "whole")
+    )
+    assert killed == whole
+
+
+RUN_SCRIPT = """
+import sys
+from tests.runs import tiny_config
+from gaudi_jax.training import loop
+config = tiny_config(steps=20)
+config.train.log_every = 1
+loop.train(config, sys.argv[1])
+"""
+
+# An "optimizer" whose state is the gradient shows what the real training step computes.
+GRADIENT_SCRIPT = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from gaudi_jax.cost import cost
+from gaudi_jax.data.images import load_images
+from gaudi_jax.data.pipeline import train_batches
+from gaudi_jax.training.evaluate import data_mesh, image_task, put_batch
+from gaudi_jax.training.setup import build_model, build_schedules, resolve_config
+from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
+from tests.runs import tiny_config
+splits = load_images("generated:4x8x1")
+config = resolve_config(tiny_config(), splits)
+options = {"batch_size": 32, "image_size": 8, "seed": 0}
+batch = next(train_batches(splits.train, **options))
+model = build_model(config)
+weights = CostWeights.of(cost(model, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)))
+graphdef, params, other = split_model(model)
+keep = optax.GradientTransformation(
+    lambda params: params, lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g)
+)
+parts = (graphdef, keep, build_schedules(config), image_task(config), weights, 0)
+auto = (jax.sharding.AxisType.Auto,)
+gradients = []
+for mesh in (jax.make_mesh((1,), ("data",), auto, devices=jax.devices()[:1]), data_mesh(32)):
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = TrainState(jnp.int32(0), params, other, params)
+    state = jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated), state)
+    state, _ = make_train_step(*parts, replicated)(state, put_batch(batch, mesh))
+    assert all(leaf.sharding == replicated for leaf in jax.tree.leaves(state))
+    gradients.append(jax.tree.map(np.asarray, state.opt_state))
+assert data_mesh(32).size == 8
+for one, eight in zip(*map(jax.tree.leaves, gradients), strict=True):
+    assert np.abs(one).max() > 0 or one.size < 64
+    np.testing.assert_allclose(eight, one, atol=1e-5)
+"""
+
+
+def run_script(script, *arguments, devices):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    interpreter = [sys.executable, "-c", script, *map(str, arguments)]
+    subprocess.run(interpreter, cwd=ROOT, env=os.environ | flags, check=True)
+
+
+@pytest.mark.slow
+def test_first_gradients_of_eight_devices_are_those_of_one():
+    run_script(GRADIENT_SCRIPT, devices=8)
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does(tmp_path):
+    losses = {}
+    for name, devices in {"one": 1, "eight": 8, "again": 8}.items():
+        run_script(RUN_SCRIPT, tmp_path / name, devices=devices)
+        rows = read_metrics(tmp_path / name)
+        losses[name] = [row["train_loss"] for row in rows if "train_loss" in row]
+    assert len(losses["one"]) == 20
+    np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-4)
+    assert_same(parameters(tmp_path / "again"), parameters(tmp_path / "eight"))

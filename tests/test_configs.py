@@ -1,0 +1,46 @@
+import pytest
+from flax import nnx
+
+from configs import cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi
+from gaudi_jax.errors import UserError
+from gaudi_jax.training import loop
+
+
+@pytest.mark.parametrize("module", [cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi])
+@pytest.mark.parametrize("arguments", [None, "layer=dense", "recipe=paper", "smoke"])
+def test_configs_build(module, arguments):
+    config = module.get_config(arguments)
+    with config.unlocked():
+        config.model.update(image_size=config.data.image_size, channels=3, num_classes=10)
+    loop.build_schedules(config)
+    if arguments == "smoke":
+        assert config.data.name.startswith("generated:")
+        nnx.eval_shape(lambda: loop.build_model(config))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("recipe=paper,layer=dense", "'recipe' has no effect without Gaudi layers"),
+        ("recipe=budget,attention=dense,mlp=low_rank", "'recipe' has no effect without Gaudi"),
+        ("layer=dense,budget=0.2", "'budget' has no effect on dense layers"),
+        ("recipe=paper,budget=0.2", "'budget' has no effect on recipe=paper"),
+        ("layer=dense,attention=gaudi,mlp=low_rank", "'layer' has no effect beside attention"),
+        ("smoke,data=folder:here", "'data' has no effect beside smoke"),
+        ("epochs=3,smoke", "'epochs' has no effect beside smoke"),
+        ("recipe=magic", "unknown recipe 'magic'"),
+        ("budget=0", r"budget=0.0 is outside \(0, 1\]"),
+        ("smoke=True", "'smoke=True' must be written smoke"),
+        ("budget", "'budget' must be written budget=VALUE"),
+    ],
+)
+def test_arguments_that_are_wrong_or_change_nothing_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        vit_b_gaudi.get_config(arguments)
+
+
+def test_the_budget_of_a_low_rank_part_counts_beside_the_paper_recipe():
+    config = vit_b_gaudi.get_config("recipe=paper,attention=low_rank,budget=0.2")
+    assert config.layer.attention.budget == 0.2
+    assert config.layer.mlp.name == "gaudi"
+    assert config.controller.name == "threshold"
