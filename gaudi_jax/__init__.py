@@ -1,6 +1,7 @@
 """Linear layers that learn their own block-low-rank structure, in JAX and Flax NNX."""
 
 from gaudi_jax import masks, models
+from gaudi_jax.compression import Rule, compress, rebuild
 from gaudi_jax.cost import cost
 from gaudi_jax.decomposition import decompose
 from gaudi_jax.layers import GaudiLinear, LowRankLinear, Structural
@@ -10,11 +11,14 @@ from gaudi_jax.training.optim import gaudi_adamw
 __all__ = [
     "GaudiLinear",
     "LowRankLinear",
+    "Rule",
     "Structural",
+    "compress",
     "cost",
     "decompose",
     "gaudi_adamw",
     "load",
     "masks",
     "models",
+    "rebuild",
 ]
