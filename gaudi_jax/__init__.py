@@ -5,7 +5,7 @@ from gaudi_jax.compression import Rule, compress, rebuild
 from gaudi_jax.cost import cost
 from gaudi_jax.decomposition import decompose
 from gaudi_jax.layers import GaudiLinear, LowRankLinear, Structural
-from gaudi_jax.training.load import load
+from gaudi_jax.training.load import load, save
 from gaudi_jax.training.optim import gaudi_adamw
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "masks",
     "models",
     "rebuild",
+    "save",
 ]

@@ -40,9 +40,9 @@ class Moments(NamedTuple):
         Example:
             >>> import jax.numpy as jnp
             >>> from gaudi_jax.compression.calibration import Moments
-            >>> moments = Moments.empty(1).add(jnp.array([[1.0], [2.0]])).add(jnp.array([[6.0]]))
-            >>> moments.mean.round(3), moments.centred().round(3)
-            (Array([3.], dtype=float32), Array([[4.667]], dtype=float32))
+            >>> moments = Moments.empty(1).add(jnp.array([[1.0], [3.0]])).add(jnp.array([[2.0]]))
+            >>> moments.mean, moments.scatter
+            (Array([2.], dtype=float32), Array([[2.]], dtype=float32))
         """
         x = x.astype(jnp.float32)
         if not x.size:

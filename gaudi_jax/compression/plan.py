@@ -145,9 +145,7 @@ def _check_model(plan: Mapping[str, Any], dense: Mapping[str, Any], left: Mappin
         n_in, n_out = features(dense[path])
         there = n_in, n_out, dense[path].bias is not None
         if there != wanted:
-            problems.append(
-                f"{path} is {_describe(*there)} in the model, {_describe(*wanted)} in it"
-            )
+            problems.append(f"{path} is {_describe(*there)}, not {_describe(*wanted)}")
     known = {*plan["layers"], *plan["left"]}
     problems += [f"{path} is not in it" for path in (*dense, *left) if path not in known]
     if problems:

@@ -110,7 +110,7 @@ def structure(module: Any, entry: Mapping[str, Any]) -> StructuredLinear:
         metadata = {k: v for k, v in source.get_metadata().items() if k not in _OWN_METADATA}
         if metadata.get("out_sharding"):
             metadata["out_sharding"] = _spec(name, variable, module, metadata["out_sharding"])
-        variable.set_metadata(**metadata)
+        variable.set_metadata(variable.get_metadata() | metadata)
     return layer
 
 
@@ -127,9 +127,10 @@ def fill(layer: StructuredLinear, values: Mapping[str, Array], module: Any) -> N
         variable = getattr(layer, name)
         sharding = getattr(kernel, "sharding", None)
         if isinstance(sharding, NamedSharding):
-            source = _sources(module).get(name)
-            there = getattr(source.get_value().sharding, "spec", ()) if source is not None else ()
-            spec = _spec(name, variable, module, there)
+            spec: tuple[Any, ...] = ()
+            if (source := _sources(module).get(name)) is not None:
+                there = getattr(source.get_value().sharding, "spec", ())
+                spec = _spec(name, variable, module, there)
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
         if isinstance(kernel, jax.ShapeDtypeStruct):
             abstract = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
