@@ -17,7 +17,8 @@ def assert_moments(moments, inputs):
     assert int(moments.vectors) == len(inputs)
     scale = np.abs(inputs).max()
     np.testing.assert_allclose(moments.mean, inputs.mean(0), atol=1e-6 * scale)
-    np.testing.assert_allclose(moments.raw(), inputs.T @ inputs / len(inputs), rtol=1e-5)
+    raw = inputs.T @ inputs / len(inputs)
+    np.testing.assert_allclose(moments.raw(), raw, rtol=1e-5, atol=1e-6 * scale)
     np.testing.assert_allclose(
         moments.centred(), np.cov(inputs.T, bias=True), atol=2e-5 * inputs.var()
     )

@@ -1,5 +1,7 @@
 """Rules, budgets and how they are shared out."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from gaudi_jax.errors import UserError
 
 def network(*sizes):
     rngs = nnx.Rngs(0)
-    pairs = zip(sizes, sizes[1:], strict=False)
+    pairs = itertools.pairwise(sizes)
     return nnx.Sequential(*[nnx.Linear(n, m, rngs=rngs) for n, m in pairs])
 
 
@@ -31,11 +33,11 @@ def test_the_first_rule_that_matches_the_whole_path_holds():
         {"pattern": "layers/0", "budget": 0.5},
         Rule("layers/[01]", budget=0.25),
         ConfigDict({"pattern": "layers/2", "method": "gaudi", "granularity": [12, 5]}),
-        Rule("layer.", method="skip"),
+        Rule("layers/[0-2]", method="skip"),
         Rule("layers/3", method="skip"),
     ]
     model = network(*[WIDTH] * 6)
-    with pytest.raises(UserError, match="rule 'layer.' holds for no layer"):
+    with pytest.raises(UserError, match=r"rule 'layers/\[0-2\]' holds for no layer"):
         compress(model, 0.5, rules=rules)
     del rules[3]
     small, plan = compress(model, 0.5, rules=rules, rounds=2)
@@ -87,7 +89,7 @@ def test_bad_rules_are_named(rule, message):
         (-1, {}, "budget=-1.0 must be"),
         ("0.3", {}, "budget='0.3' must be a fraction such as 0.3, or a list of rules"),
         (0.1, {}, "budget=0.1 of layer 'layers/0' is less than 0.125, the least"),
-        (0.4, {"method": "gaudi", "granularity": 16}, "budget=0.4 of layer 'layers/2'"),
+        (0.2, {"method": "gaudi", "granularity": 16}, "budget=0.2 of layer 'layers/2'"),
         (0.1, {"allocation": "global"}, "budget=0.1 is less than .*3 layers together"),
         (0.5, {"allocation": "best"}, "unknown allocation 'best'"),
         (0.5, {"method": "gaudi", "rank": 5}, "rank=5 is too large for layer 'layers/2' of 16x4"),
@@ -126,7 +128,7 @@ def test_granularity_is_the_largest_divisor_of_each_axis():
 def test_a_kernel_of_zeros_keeps_one_slot():
     model = network(WIDTH, WIDTH)
     model.layers[0].kernel.set_value(jnp.zeros((WIDTH, WIDTH)))
-    small, plan = compress(model, 0.9, method="gaudi", granularity=(8, 4), rounds=2)
+    small, plan = compress(model, 0.1, method="gaudi", granularity=(8, 4), rounds=2)
     assert isinstance(small.layers[0], GaudiLinear)
     assert plan["layers"]["layers/0"]["num_blocks"] == small.layers[0].num_blocks == 1
     np.testing.assert_array_equal(small(jnp.ones((1, WIDTH))), 0)
@@ -162,7 +164,8 @@ def test_no_transfer_between_layers_gains_anything(curves, extra, data):
     costs = share_out(curves, sum(c.floor for c in curves) + extra)
     i, j = (data.draw(st.integers(0, len(curves) - 1)) for _ in range(2))
     moved = list(costs)
-    moved[i], moved[j] = moved[i] - 1, moved[j] + 1
+    moved[i] -= 1
+    moved[j] += 1
     if all(c.floor <= cost <= c.cap for c, cost in zip(curves, moved, strict=True)):
         now, then = (sum(map(gained, curves, each)) for each in (costs, moved))
         assert then <= now + 1e-9
@@ -171,17 +174,16 @@ def test_no_transfer_between_layers_gains_anything(curves, extra, data):
 @pytest.mark.parametrize("method", ["gaudi", "low_rank"])
 def test_global_budgets_beat_uniform_ones_where_spectra_differ(method):
     model = network(*[WIDTH] * 4)
-    simple, kept = model.layers[0], model.layers[2]
+    simple = model.layers[2]
     simple.kernel.set_value(jnp.outer(simple.kernel[:, 0], simple.kernel[0]))
-    rules = [Rule("layers/2", budget=0.25), Rule(".*")]
+    rules = [Rule("layers/0", budget=0.25), Rule(".*")]
     options = {"rules": rules, "calibration": [tokens()], "method": method, "rounds": 2}
     uniform, spread = (
         compress(model, 0.4, allocation=allocation, **options).plan
         for allocation in ("uniform", "global")
     )
-    assert kept.kernel.shape == (WIDTH, WIDTH)
     assert spread["multiplications"] <= 2 * int(0.4 * WIDTH**2) + int(0.25 * WIDTH**2)
-    assert spread["layers"]["layers/2"] == uniform["layers"]["layers/2"]
+    assert spread["layers"]["layers/0"] == uniform["layers"]["layers/0"]
 
     def mean_square(plan):
         return np.mean([entry["activation_error"] ** 2 for entry in plan["layers"].values()])

@@ -138,7 +138,7 @@ def choose(
         for path in (*shapes, *left)
     }
     for rule in rules:
-        if not any(match is rule for match in matches.values()):
+        if matches and not any(match is rule for match in matches.values()):
             raise UserError(
                 f"rule {rule.pattern!r} holds for no layer: it matches none of the "
                 f"{len(matches)} ({_some(list(matches))}), or rules before it match them first"

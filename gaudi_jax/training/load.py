@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -120,4 +121,5 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def _as_keys(wanted: Any, leaf: Any) -> Any:
     if not _is_key(wanted):
         return leaf
-    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(wanted))
+    impl = jax.random.key_impl(jnp.empty((), wanted.dtype))
+    return jax.random.wrap_key_data(leaf, impl=impl)
