@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
@@ -80,7 +81,7 @@ def calibrate(
         progress: show a bar on stderr.
 
     Returns:
-        The moments by path.
+        The moments by path, on the host.
 
     Raises:
         UserError: there are no batches, the model cannot be run on one, its layers' inputs are not
@@ -92,7 +93,7 @@ def calibrate(
         >>> from gaudi_jax.compression.calibration import calibrate
         >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
         >>> calibrate(model, ["layers/0"], [jnp.ones((5, 3))])["layers/0"].mean
-        Array([1., 1., 1.], dtype=float32)
+        array([1., 1., 1.], dtype=float32)
     """
     model = nnx.clone(model)
     model.eval()
@@ -125,7 +126,8 @@ def calibrate(
     if empty:
         raise UserError("calibration has no batches; give at least one (a generator is read once)")
     nnx.update(model, moments)
-    result = {path: module.moments.get_value() for path, module in layers.items()}
+    # On the host: all layers' moments together may be as large as the model.
+    result = {path: jax.device_get(layer.moments.get_value()) for path, layer in layers.items()}
     _check(result)
     return result
 
@@ -142,7 +144,7 @@ class _Recording(nnx.Module):
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         n_in, _ = features(self)
         axes = sorted(axis % inputs.ndim for axis in getattr(self, "axis", (-1,)))
-        x = jnp.moveaxis(inputs, axes, range(-len(n_in), 0))
+        x = jnp.moveaxis(_gathered(inputs), axes, range(-len(n_in), 0))
         self.moments.set_value(self.moments.get_value().add(x.reshape(-1, matrix_shape(self)[0])))
         return super().__call__(inputs, *args, **kwargs)
 
@@ -159,6 +161,14 @@ _RECORDING: dict[type, type] = {
     nnx.Linear: _RecordingLinear,
     nnx.LinearGeneral: _RecordingGeneral,
 }
+
+
+def _gathered(x: Array) -> Array:
+    """Whole on every device, where shardings are part of the types: x xᵀ would have none."""
+    mesh = jax.typeof(x).sharding.mesh
+    if not mesh.explicit_axes:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
