@@ -1,44 +1,140 @@
-"""A run's trained model, back as an object."""
+"""Models on disk: those of runs, and compressed ones of any class."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from gaudi_jax.compression.plan import check_format, rebuild
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.checkpoint import Checkpointer
 from gaudi_jax.training.setup import build_model
 from gaudi_jax.training.step import split_model
-from gaudi_jax.training.workdir import read_config
+from gaudi_jax.training.workdir import read_config, write_atomically
+
+PLAN_FILE = "plan.json"
 
 
-def load(workdir: str | Path, step: int | str | None = None) -> nnx.Module:
-    """The model of a run, in evaluation mode, with the values of one of its checkpoints.
+def load(
+    workdir: str | Path, step: int | str | None = None, *, into: nnx.Module | None = None
+) -> nnx.Module:
+    """A model from disk, in evaluation mode: that of a run, or a compressed one that was saved.
 
     Args:
-        workdir: directory of the run.
-        step: step of the checkpoint, "best" (by validation accuracy), or None for the newest.
+        workdir: directory of a run, or one that `gaudi_jax.save` wrote.
+        step: step of the run's checkpoint, "best" (by validation accuracy), or None for the newest.
+        into: for a saved model, a dense model like the one that was compressed; shapes are enough
+            (``nnx.eval_shape``). It is left as it was. None for the model of a run.
 
     Raises:
-        UserError: the workdir holds no run, or no such checkpoint.
+        UserError: the directory holds no run, no such checkpoint or no saved model, or `into` is
+            another model.
 
     Example:
         >>> import gaudi_jax
         >>> model = gaudi_jax.load("runs/digits")  # doctest: +SKIP
     """
-    return load_with_step(workdir, step)[0]
+    return load_with_step(workdir, step, into=into)[0]
 
 
-def load_with_step(workdir: str | Path, step: int | str | None = None) -> tuple[nnx.Module, int]:
+def load_with_step(
+    workdir: str | Path, step: int | str | None = None, *, into: nnx.Module | None = None
+) -> tuple[nnx.Module, int]:
     """As `load`, with the step of the checkpoint beside the model."""
     workdir = Path(workdir)
-    config = ConfigDict(read_config(workdir))
-
-    graphdef, params, other = split_model(nnx.eval_shape(lambda: build_model(config)))
+    if into is None:
+        config = ConfigDict(read_config(workdir))
+        abstract: nnx.Module = nnx.eval_shape(lambda: build_model(config))
+        if (workdir / PLAN_FILE).exists():
+            abstract = rebuild(abstract, read_plan(workdir))
+    else:
+        abstract = rebuild(into, read_plan(workdir))
+    graphdef, *parts = split_model(abstract)
+    wanted = dict(zip(("params", "other"), parts, strict=True))
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore({"params": params, "other": other}, step=step)
+        restored = checkpoints.restore(jax.tree.map(_abstract, wanted), step=step)
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint; train it first")
-    model = nnx.merge(graphdef, restored.state["params"], restored.state["other"])
+    state = jax.tree.map(_as_keys, wanted, restored.state)
+    model = nnx.merge(graphdef, state["params"], state["other"])
     model.eval()
     return model, restored.step
+
+
+def save(directory: str | Path, model: nnx.Module, plan: Mapping[str, Any]) -> None:
+    """Saves a compressed model of any class: its plan, and a checkpoint of all its values.
+
+    Args:
+        directory: a new or an empty one.
+        model: the compressed model, fine-tuned or not.
+        plan: its plan.
+
+    Raises:
+        UserError: the directory holds something already, or the plan is none.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> import gaudi_jax
+        >>> dense = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+        >>> small, plan = gaudi_jax.compress(dense, 0.5, method="low_rank", progress=False)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     gaudi_jax.save(directory, small, plan)
+        ...     type(gaudi_jax.load(directory, into=dense).layers[0]).__name__
+        'LowRankLinear'
+    """
+    check_format(plan)
+    text = json.dumps(plan, indent=2, allow_nan=False)
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is not an empty directory; give another one")
+    _, params, other = split_model(model)
+    with Checkpointer(directory / "checkpoints") as checkpoints:
+        checkpoints.save(0, jax.tree.map(_as_array, {"params": params, "other": other}))
+    write_atomically(directory / PLAN_FILE, text + "\n")
+
+
+def read_plan(directory: Path) -> dict[str, Any]:
+    """The plan in a directory.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = directory / PLAN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{directory} holds no saved model ({PLAN_FILE} is missing); write it with "
+            "gaudi_jax.save, or leave out into= for a run"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from error
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _as_array(leaf: Any) -> Any:
+    """Random keys, such as dropout's, as plain numbers: checkpoints hold nothing else."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What a checkpoint holds in place of an array: shape, dtype and sharding."""
+    if _is_key(leaf):
+        return jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _as_keys(wanted: Any, leaf: Any) -> Any:
+    if not _is_key(wanted):
+        return leaf
+    impl = jax.random.key_impl(jnp.empty((), wanted.dtype))
+    return jax.random.wrap_key_data(leaf, impl=impl)

@@ -1,0 +1,213 @@
+"""Compression of a trained network: from dense layers to structured ones under a budget."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from tqdm import tqdm
+
+from gaudi_jax.compression.allocation import share_out
+from gaudi_jax.compression.calibration import Moments, calibrate
+from gaudi_jax.compression.layer import Layer
+from gaudi_jax.compression.plan import Plan, make_plan
+from gaudi_jax.compression.rules import Choice, Method, Rule, as_rules, choose
+from gaudi_jax.compression.surgery import find_dense, matrix_shape
+from gaudi_jax.decomposition.decompose import ROUNDS
+from gaudi_jax.errors import UserError
+
+Allocation = Literal["uniform", "global"]
+
+
+class Compressed(NamedTuple):
+    """A compressed model.
+
+    Attributes:
+        model: the model with structured layers.
+        plan: what became of each layer (`gaudi_jax.compression.plan_table` prints it); with it
+            `gaudi_jax.rebuild` makes the structure again.
+    """
+
+    model: nnx.Module
+    plan: Plan
+
+
+def compress(
+    model: nnx.Module,
+    budget: float | Sequence[Rule | Mapping[str, Any]],
+    *,
+    rules: Sequence[Rule | Mapping[str, Any]] | None = None,
+    method: Method = "gaudi",
+    rank: int = 1,
+    granularity: int | tuple[int, int] = 1,
+    allocation: Allocation = "uniform",
+    calibration: Iterable[Any] | None = None,
+    rounds: int = ROUNDS,
+    key: Array | None = None,
+    progress: bool = True,
+) -> Compressed:
+    """Replaces the dense layers of a trained model by structured ones under a budget.
+
+    Every `nnx.Linear` and `nnx.LinearGeneral` is replaced that a rule matches (without rules: every
+    one), those of `nnx.MultiHeadAttention` included. Layers whose kernel or bias another module
+    holds too, with stacked parameters or with options of their own, subclasses of these layers, and
+    layers of other kinds are left; the plan says why. A layer that is reached by several paths is
+    decomposed once and stays shared; rules see its first path.
+
+    With calibration each layer minimises the error of its outputs on these inputs instead of the
+    error of its kernel. The inputs' mean goes into the bias, where there is one.
+
+    Args:
+        model: any NNX module; it is left as it was.
+        budget: multiplications as a fraction of in·out, over the layers that the rules match; above
+            1 is allowed. Or the rules, each with its own budget.
+        rules: `Rule`s, or mappings with the same keys; the first that matches a layer holds.
+        method: "gaudi" for `GaudiLinear`s found by search, "low_rank" for `LowRankLinear`s of the
+            truncated SVD (with calibration: whitened SVD), "best" for the one of both with the
+            smaller error, "skip" to leave layers whose rule names no method.
+        rank: columns of each block.
+        granularity: grid cell of the blocks' intervals in features: a number, or a pair (input,
+            output). Each axis takes its largest divisor not above it.
+        allocation: "uniform" gives each layer the same fraction. "global" spends the same total
+            where it takes most off the sum of the layers' squared relative errors, as their
+            singular values foretell it; layers whose rule has a budget keep that.
+        calibration: batches, read once: an array is the model's argument, the items of a tuple or
+            list are its arguments, those of a mapping its keyword arguments.
+        rounds: effort of each search; time is proportional to it.
+        key: random key of the searches; None for a fixed one.
+        progress: show bars with the time left on stderr.
+
+    Returns:
+        The compressed model, which shares nothing with the input, and the plan.
+
+    Raises:
+        UserError: before any work, a rule is wrong or holds for no layer, a budget or rank is
+            impossible for a layer, or a kernel is not finite; before any decomposition, calibration
+            cannot be run or does not reach a layer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import gaudi_jax
+        >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), nnx.relu)
+        >>> small, plan = gaudi_jax.compress(model, 0.5, method="low_rank", progress=False)
+        >>> small(jnp.ones((1, 16))).shape, plan["multiplications"], plan["dense_multiplications"]
+        ((1, 16), 128, 256)
+    """
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"compress needs an NNX module, not {type(model).__name__!r}")
+    if allocation not in get_args(Allocation):
+        raise UserError(f"unknown allocation {allocation!r}; use 'uniform' or 'global'")
+    network, ordered = _budget_and_rules(budget, rules)
+    default = Rule(".*", method, network, rank, granularity)
+
+    result = nnx.clone(model)
+    dense, left = find_dense(result)
+    shapes = {path: matrix_shape(module) for path, module in dense.items()}
+    choices, passed_over = choose(ordered, default, shapes, left)
+    for path in choices:
+        _check_kernel(path, dense[path])
+    total = _total(choices, shapes, network, allocation)
+
+    moments: dict[str, Moments] = {}
+    if calibration is not None:
+        moments = calibrate(result, choices, calibration, progress=progress)
+    layers = {
+        path: Layer(dense[path], choice, moments.get(path)) for path, choice in choices.items()
+    }
+    costs = _costs(layers, network, total)
+
+    entries = {}
+    weights = {path: math.prod(shapes[path]) for path in layers}
+    with tqdm(
+        total=sum(weights.values()),
+        disable=not progress,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+    ) as bar:
+        for number, (path, layer) in enumerate(layers.items(), start=1):
+            bar.set_description_str(f"compress {number}/{len(layers)} {path}")
+            entries[path] = layer.replace(costs[path], rounds, key)
+            bar.update(weights[path])
+    # The arrays that were not replaced are the input's still: training that donates its state would
+    # delete them there.
+    return Compressed(nnx.clone(result, arrays=True), make_plan(entries, {**left, **passed_over}))
+
+
+def _budget_and_rules(budget: Any, rules: Any) -> tuple[float | None, list[Rule]]:
+    """The network's budget, if there is one, and the rules."""
+    if isinstance(budget, int | float | np.number):
+        if rules is None:
+            return float(budget), [Rule(".*")]
+        return float(budget), as_rules(rules)
+    if rules is not None:
+        raise UserError("give rules once: either in place of the budget or as rules=")
+    if isinstance(budget, str | Mapping) or not isinstance(budget, Iterable):
+        raise UserError(f"budget={budget!r} must be a fraction such as 0.3, or a list of rules")
+    ordered = as_rules(list(budget))
+    for rule in ordered:
+        if rule.budget is None and rule.method != "skip":
+            raise UserError(
+                f"rule {rule.pattern!r} has no budget and the call has none; give one of them"
+            )
+    return None, ordered
+
+
+def _check_kernel(path: str, module: Any) -> None:
+    kernel = module.kernel.get_value()
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        raise UserError(f"layer {path!r} holds shapes without values; give a model with values")
+    if not jnp.isfinite(kernel).all():
+        raise UserError(f"the kernel of layer {path!r} holds NaN or infinity; mend the model first")
+
+
+def _total(
+    choices: Mapping[str, Choice],
+    shapes: Mapping[str, tuple[int, int]],
+    network: float | None,
+    allocation: str,
+) -> int | None:
+    """Checks the budgets; returns the multiplications to be shared out, None for uniform ones."""
+    own = [path for path, choice in choices.items() if choice.budget is not None]
+    shared = [path for path in choices if path not in own]
+    spread = shared if allocation == "global" else []
+    if allocation == "global" and not spread:
+        raise UserError("allocation='global' has no layer without a budget of its own to share to")
+    for path, choice in choices.items():
+        n, m = shapes[path]
+        budget = network if choice.budget is None else choice.budget
+        least = choice.least((n, m))
+        if path not in spread and math.floor(cast(float, budget) * n * m) < least:
+            raise UserError(
+                f"budget={budget} of layer {path!r} is less than {least / (n * m):.4g}, the least "
+                f"that a {n}x{m} layer can be made with; give it a larger one, or a rule with "
+                "method='skip'"
+            )
+    if not spread:
+        return None
+    total = sum(math.floor(cast(float, network) * math.prod(shapes[path])) for path in spread)
+    least = sum(choices[path].least(shapes[path]) for path in spread)
+    if total < least:
+        dense = sum(math.prod(shapes[path]) for path in spread)
+        raise UserError(
+            f"budget={network} is less than {least / dense:.4g}, the least that the {len(spread)} "
+            "layers together can be made with; give a larger one"
+        )
+    return total
+
+
+def _costs(layers: Mapping[str, Layer], network: float | None, total: int | None) -> dict[str, int]:
+    """Multiplications that each layer may cost."""
+    costs = {
+        path: math.floor(budget * math.prod(layer.shape))
+        for path, layer in layers.items()
+        if (budget := network if layer.choice.budget is None else layer.choice.budget) is not None
+    }
+    if total is not None:
+        spread = [path for path, layer in layers.items() if layer.choice.budget is None]
+        curves = [layers[path].curve(costs[path]) for path in spread]
+        costs |= dict(zip(spread, share_out(curves, total), strict=True))
+    return costs

@@ -1,0 +1,145 @@
+"""One dense layer on its way to a structured one."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from gaudi_jax.compression.allocation import Curve, gains
+from gaudi_jax.compression.calibration import Moments
+from gaudi_jax.compression.rules import Choice
+from gaudi_jax.compression.surgery import features, fill, install, matrix_shape, structure
+from gaudi_jax.decomposition import Factors, decompose, relative_error, svd_factors
+
+#: An entry of the plan, and the values of the layer that it describes.
+Candidate = tuple[dict[str, Any], dict[str, Array]]
+
+
+class Layer:
+    """A dense layer that is to be replaced.
+
+    Args:
+        module: the layer, in the model that it will be replaced in.
+        choice: what it becomes.
+        moments: those of its inputs; None for the error of the kernel.
+    """
+
+    def __init__(self, module: Any, choice: Choice, moments: Moments | None):
+        self.module, self.choice = module, choice
+        self.shape = matrix_shape(module)
+        self._moments = moments
+
+    def _kernel(self) -> Float[Array, "in out"]:
+        # On one device, whatever the sharding: the search is no distributed computation.
+        kernel = jax.device_get(self.module.kernel.get_value())
+        return jnp.asarray(kernel, jnp.float32).reshape(self.shape)
+
+    def _second_moment(self) -> Float[Array, "in in"] | None:
+        if self._moments is None:
+            return None
+        return self._moments.raw() if self.module.bias is None else self._moments.centred()
+
+    def curve(self, uniform: int) -> Curve:
+        """How the error falls with the cost, and the costs that the layer may get."""
+        n, m = self.shape
+        return Curve(
+            np.asarray(gains(self._kernel(), self._second_moment())),
+            n + m,
+            floor=self.choice.least(self.shape),
+            cap=max(n * m, uniform),
+        )
+
+    def replace(self, cost: int, rounds: int, key: Array | None) -> dict[str, Any]:
+        """Puts a structured layer in place and returns its entry in the plan.
+
+        Args:
+            cost: multiplications that it may cost.
+            rounds: effort of the search.
+            key: its random key.
+        """
+        kernel, moment = self._kernel(), self._second_moment()
+        candidates = []
+        if self.choice.method != "low_rank":
+            candidates.append(self._gaudi(kernel, moment, cost, rounds, key))
+        if self.choice.method != "gaudi" and cost >= min(sum(self.shape), math.prod(self.shape)):
+            candidates.append(self._low_rank(kernel, moment, cost))
+        measured = []
+        for entry, values in candidates:
+            approximation = _product(values["v"], values["u"])
+            errors = [relative_error(kernel, approximation, c) for c in (None, moment)]
+            entry["error"] = float(errors[0])
+            entry["activation_error"] = None if moment is None else float(errors[1])
+            measured.append((float(errors[1]), entry, values, approximation))
+        _, entry, values, approximation = min(measured, key=lambda item: item[0])
+        if self.module.bias is not None:
+            bias = self.module.bias.get_value()
+            values["bias"] = jnp.asarray(jax.device_get(bias)).reshape(-1)
+            if self._moments is not None:
+                missed = self._moments.mean @ (kernel - approximation)
+                values["bias"] = values["bias"].astype(jnp.float32) + missed
+        layer = structure(self.module, entry)
+        fill(layer, values, self.module)
+        install(layer, self.module)
+        return entry
+
+    def _gaudi(self, kernel, moment, cost, rounds, key) -> Candidate:
+        n, m = self.shape
+        rank, granularity = self.choice.rank, self.choice.granularity
+        # Half a multiplication more, lest rounding loses a whole one.
+        factors = decompose(
+            kernel,
+            (cost + 0.5) / (n * m),
+            rank=rank,
+            granularity=granularity,
+            second_moment=moment,
+            rounds=rounds,
+            key=key,
+        )
+        blocks = max(1, int((factors.widths > 0).all(axis=0).sum()))
+        used = Factors(
+            factors.v[:blocks],
+            factors.u[:blocks],
+            factors.widths[:, :blocks],
+            factors.locations[:, :blocks],
+        )
+        values = {name: self._rounded(name, value) for name, value in used._asdict().items()}
+        entry = self._entry("gaudi", rank, int(used.multiplications()), blocks, list(granularity))
+        return entry, values | {"sigma": jnp.float32(math.inf)}
+
+    def _low_rank(self, kernel, moment, cost) -> Candidate:
+        n, m = self.shape
+        rank = min(n, m) if cost >= n * m else min(n, m, cost // (n + m))
+        v, u = svd_factors(kernel, rank, second_moment=moment)
+        entry = self._entry("low_rank", rank, min(rank * (n + m), n * m), None, None)
+        return entry, {"v": self._rounded("v", v), "u": self._rounded("u", u)}
+
+    def _rounded(self, name: str, value: Array) -> Array:
+        """Factors in the dtype that they will have: their rounding is part of the error."""
+        return value.astype(self.module.kernel.dtype) if name in ("v", "u") else value
+
+    def _entry(self, method, rank, multiplications, blocks, granularity) -> dict[str, Any]:
+        several = isinstance(self.module, nnx.LinearGeneral)
+        n_in, n_out = (list(size) if several else size[0] for size in features(self.module))
+        return {
+            "method": method,
+            "in_features": n_in,
+            "out_features": n_out,
+            "rank": rank,
+            "num_blocks": blocks,
+            "granularity": granularity,
+            "use_bias": self.module.bias is not None,
+            "error": None,
+            "activation_error": None,
+            "multiplications": multiplications,
+            "dense_multiplications": math.prod(self.shape),
+        }
+
+
+def _product(v: Array, u: Array) -> Array:
+    """The kernel of factors (..., in) and (..., out) in float32."""
+    v, u = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (v, u))
+    return jnp.matmul(v.T, u, precision="highest")

@@ -1,0 +1,176 @@
+"""Plans: what became of each layer, as plain values that JSON holds."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from tabulate import SEPARATING_LINE, tabulate
+
+from gaudi_jax.compression.surgery import features, fill, find_dense, install, structure
+from gaudi_jax.errors import UserError
+from gaudi_jax.layers import Sigma
+
+#: Version of the format; raised when its meaning changes.
+FORMAT = 1
+
+Plan = dict[str, Any]
+
+
+def make_plan(layers: Mapping[str, Mapping[str, Any]], left: Mapping[str, str]) -> Plan:
+    """A plan of its layers' entries, with totals.
+
+    Args:
+        layers: by path: method ("gaudi" or "low_rank"), in_features and out_features (a number, or
+            the sizes of several axes), rank, num_blocks, granularity (a pair), use_bias, error
+            and activation_error (relative; the latter None without calibration), multiplications
+            and dense_multiplications of one input vector. num_blocks and granularity are None for
+            "low_rank".
+        left: reasons by path.
+    """
+    return {
+        "format": FORMAT,
+        "layers": {path: dict(entry) for path, entry in layers.items()},
+        "left": dict(left),
+        "multiplications": sum(entry["multiplications"] for entry in layers.values()),
+        "dense_multiplications": sum(entry["dense_multiplications"] for entry in layers.values()),
+    }
+
+
+def rebuild(model: nnx.Module, plan: Mapping[str, Any]) -> nnx.Module:
+    """The structure that `gaudi_jax.compress` gave a model, without the values of its layers.
+
+    Nothing is decomposed. Filled with the state of the compressed model, it is that model:
+    ``nnx.update(rebuild(model, plan), nnx.state(compressed.model))``.
+
+    Args:
+        model: a dense model like the one that was compressed. It may hold shapes only
+            (``nnx.eval_shape``); so does the result then. It is left as it was.
+        plan: the plan, also one that went through JSON.
+
+    Raises:
+        UserError: the plan belongs to another model, or is none.
+
+    Example:
+        >>> from flax import nnx
+        >>> import gaudi_jax
+        >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+        >>> small, plan = gaudi_jax.compress(model, 0.5, method="low_rank", progress=False)
+        >>> empty = gaudi_jax.rebuild(model, plan)
+        >>> type(empty.layers[0]).__name__
+        'LowRankLinear'
+        >>> nnx.update(empty, nnx.state(small))
+    """
+    check_format(plan)
+    model = nnx.clone(model)
+    dense, left = find_dense(model)
+    _check_model(plan, dense, left)
+    for path, entry in plan["layers"].items():
+        layer = structure(dense[path], entry)
+        values = {
+            # A layer with sigma = 0 would give NaN where all others give 0.
+            name: jnp.full(value.shape, math.inf if isinstance(value, Sigma) else 0.0)
+            for name, value in vars(layer).items()
+            if isinstance(value, nnx.Variable)
+        }
+        fill(layer, values, dense[path])
+        install(layer, dense[path])
+    return model
+
+
+def plan_table(plan: Mapping[str, Any]) -> str:
+    """A plan as an aligned table: layers with their errors and costs, totals, and what was left.
+
+    Example:
+        >>> from gaudi_jax.compression import plan_table
+        >>> from gaudi_jax.compression.plan import make_plan
+        >>> entry = {"method": "gaudi", "in_features": 8, "out_features": [2, 4], "error": 0.1,
+        ...          "activation_error": None, "multiplications": 16, "dense_multiplications": 64}
+        >>> print(plan_table(make_plan({"query": entry}, {"conv": "a Conv is not replaced"})))
+        layer    method    in→out      error    on activations    multiplications    relative
+        -------  --------  --------  -------  ----------------  -----------------  ----------
+        query    gaudi     8→2·4       0.100                 –                 16       0.250
+        -------  --------  --------  -------  ----------------  -----------------  ----------
+        total                                                                  16       0.250
+        left as they are:
+          conv: a Conv is not replaced
+    """
+    check_format(plan)
+    body: list[Any] = [
+        [
+            path,
+            entry["method"],
+            f"{_sizes(entry['in_features'])}→{_sizes(entry['out_features'])}",
+            _number(entry["error"]),
+            _number(entry["activation_error"]),
+            *_costs(entry),
+        ]
+        for path, entry in plan["layers"].items()
+    ]
+    body += [SEPARATING_LINE, ["total", "", "", "", "", *_costs(plan)]]
+    headers = ["layer", "method", "in→out", "error", "on activations", "multiplications"]
+    table = tabulate(
+        body,
+        headers=[*headers, "relative"],
+        colalign=("left", "left", "left", *["right"] * 4),
+        disable_numparse=True,
+    )
+    left = [f"  {path}: {reason}" for path, reason in plan["left"].items()]
+    return "\n".join([table, *(["left as they are:", *left] if left else [])])
+
+
+def check_format(plan: Any) -> None:
+    """Checks that something is a plan of this version's format.
+
+    Raises:
+        UserError: it is not.
+    """
+    found = plan.get("format") if isinstance(plan, Mapping) else type(plan).__name__
+    if found != FORMAT:
+        raise UserError(
+            f"plan of format {found!r} cannot be read, only format {FORMAT}; give the plan that "
+            "gaudi_jax.compress returned"
+        )
+
+
+def _check_model(plan: Mapping[str, Any], dense: Mapping[str, Any], left: Mapping[str, str]):
+    """Raises a UserError unless the plan is for a model with these layers."""
+    problems = []
+    for path, entry in plan["layers"].items():
+        wanted = _plain(entry["in_features"]), _plain(entry["out_features"]), entry["use_bias"]
+        if path not in dense:
+            problems.append(f"{path} {left.get(path, 'is not there')}")
+            continue
+        n_in, n_out = features(dense[path])
+        there = n_in, n_out, dense[path].bias is not None
+        if there != wanted:
+            problems.append(f"{path} is {_describe(*there)}, not {_describe(*wanted)}")
+    known = {*plan["layers"], *plan["left"]}
+    problems += [f"{path} is not in it" for path in (*dense, *left) if path not in known]
+    if problems:
+        raise UserError(
+            f"the plan is for another model: {len(problems)} layers differ "
+            f"({'; '.join(problems[:3])}); give a model like the one that was compressed"
+        )
+
+
+def _plain(size: Any) -> tuple[int, ...]:
+    return (size,) if isinstance(size, int) else tuple(size)
+
+
+def _describe(n_in: tuple[int, ...], n_out: tuple[int, ...], use_bias: bool) -> str:
+    return f"{_sizes(n_in)}→{_sizes(n_out)}{' with bias' if use_bias else ''}"
+
+
+def _sizes(size: Any) -> str:
+    return "·".join(map(str, _plain(size)))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _costs(entry: Mapping[str, Any]) -> list[str]:
+    cost, dense = entry["multiplications"], entry["dense_multiplications"]
+    return [f"{cost:,}", f"{cost / dense:.3f}"]

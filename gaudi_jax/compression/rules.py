@@ -1,0 +1,196 @@
+"""Rules: which layers of a model become what."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from gaudi_jax.errors import UserError
+from gaudi_jax.layers.factory import largest_divisor
+
+Method = Literal["gaudi", "low_rank", "best", "skip"]
+#: (in, out) of a kernel as a matrix.
+Shape = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    r"""What becomes of the layers whose path matches a pattern.
+
+    The fields that are None take the values given to `gaudi_jax.compress`.
+
+    Attributes:
+        pattern: regular expression for the whole path of a module, such as
+            ``"blocks/0/attention/(query|key)"``. Of several rules the first that matches holds.
+        method: "gaudi" for blocks found by search, "low_rank" for the truncated SVD, "best" for
+            the one of both with the smaller error, "skip" to leave the layer as it is.
+        budget: multiplications as a fraction of in·out, > 0.
+        rank: columns of each block, at least 1.
+        granularity: grid cell of the blocks' intervals in features: a number, or a pair (input
+            axis, output axis). Each axis takes its largest divisor not above it.
+
+    Raises:
+        UserError: a field is out of range, or the pattern is no regular expression.
+
+    Example:
+        >>> from gaudi_jax import Rule
+        >>> Rule(r"blocks/\d+/mlp/.*", budget=0.25).method is None
+        True
+    """
+
+    pattern: str
+    method: Method | None = None
+    budget: float | None = None
+    rank: int | None = None
+    granularity: int | tuple[int, int] | None = None
+
+    def __post_init__(self):
+        """Checks the fields."""
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(
+                f"rule pattern {self.pattern!r} is no regular expression ({error}); mend it"
+            ) from None
+        if self.method is not None and self.method not in get_args(Method):
+            raise UserError(
+                f"unknown method {self.method!r}; use {', '.join(get_args(Method)[:-1])} or skip"
+            )
+        if self.budget is not None and not 0 < self.budget < math.inf:
+            raise UserError(
+                f"budget={self.budget} must be a positive fraction of in·out, such as 0.3"
+            )
+        if self.rank is not None and (self.rank < 1 or self.rank % 1):
+            raise UserError(f"rank={self.rank} must be a whole number, at least 1")
+        if self.granularity is not None:
+            cells = np.asarray(self.granularity)
+            if cells.shape not in ((), (2,)) or np.any(cells % 1) or np.any(cells < 1):
+                raise UserError(
+                    f"granularity={self.granularity} must be a whole number, at least 1, or a pair "
+                    "of them"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What becomes of one layer: a rule with nothing left open.
+
+    Attributes:
+        method: "gaudi", "low_rank" or "best".
+        budget: the layer's own fraction, or None where the network's number holds.
+        rank: columns of each block.
+        granularity: pair (input axis, output axis), each a divisor of its axis.
+    """
+
+    method: Method
+    budget: float | None
+    rank: int
+    granularity: tuple[int, int]
+
+    def least(self, shape: Shape) -> int:
+        """The fewest multiplications with which the layer can be made."""
+        n, m = shape
+        if self.method == "low_rank":
+            return min(n + m, n * m)
+        cell_in, cell_out = self.granularity
+        return min(self.rank * (cell_in + cell_out), cell_in * cell_out)
+
+
+def as_rules(rules: Sequence[Rule | Mapping[str, Any]]) -> list[Rule]:
+    """Rules of rules or of mappings with the same keys, as configs hold them.
+
+    Raises:
+        UserError: a mapping has an unknown key or no pattern, or a value is out of range.
+
+    Example:
+        >>> from gaudi_jax.compression.rules import as_rules
+        >>> as_rules([{"pattern": "head", "method": "skip"}])[0].method
+        'skip'
+    """
+    return [rule if isinstance(rule, Rule) else _as_rule(rule) for rule in rules]
+
+
+def choose(
+    rules: Sequence[Rule],
+    default: Rule,
+    shapes: Mapping[str, Shape],
+    left: Mapping[str, str],
+) -> tuple[dict[str, Choice], dict[str, str]]:
+    """Finds what becomes of each layer.
+
+    Args:
+        rules: in order; the first that matches a path holds.
+        default: values of the fields that a rule leaves open.
+        shapes: (in, out) of the layers that can be replaced, by path.
+        left: the layers that cannot be replaced, by path. A rule may match them, without effect.
+
+    Returns:
+        The choices, and the reason why each other layer of `shapes` is left, by path.
+
+    Raises:
+        UserError: a rule holds for no layer, no layer is chosen, or a rank is too large for one.
+    """
+    matches = {
+        path: next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
+        for path in (*shapes, *left)
+    }
+    for rule in rules:
+        if matches and not any(match is rule for match in matches.values()):
+            raise UserError(
+                f"rule {rule.pattern!r} holds for no layer: it matches none of the "
+                f"{len(matches)} ({_some(list(matches))}), or rules before it match them first"
+            )
+    choices, passed_over = {}, {}
+    for path, shape in shapes.items():
+        match = matches[path]
+        if match is None:
+            passed_over[path] = "no rule matches it"
+        elif (match.method or default.method) == "skip":
+            passed_over[path] = "a rule skips it"
+        else:
+            choices[path] = _choice(path, shape, match, default)
+    if not choices:
+        reasons = [f"{path}: {reason}" for path, reason in {**left, **passed_over}.items()]
+        raise UserError(
+            f"no layer of the model is to be compressed ({_some(reasons) or 'it has none'}); give "
+            "a model with nnx.Linear or nnx.LinearGeneral layers, and rules that match them"
+        )
+    return choices, passed_over
+
+
+def _as_rule(mapping: Any) -> Rule:
+    try:
+        values = dict(mapping)
+    except (TypeError, ValueError):
+        raise UserError(f"{mapping!r} is no rule; give a gaudi_jax.Rule or a mapping") from None
+    known = [field.name for field in dataclasses.fields(Rule)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"a rule has no field {key!r}; its fields are {', '.join(known)}")
+    if "pattern" not in values:
+        raise UserError(f"rule {values} has no pattern; give the layers' paths as one")
+    if isinstance(values.get("granularity"), list):
+        values["granularity"] = tuple(values["granularity"])
+    return Rule(**values)
+
+
+def _choice(path: str, shape: Shape, rule: Rule, default: Rule) -> Choice:
+    method, rank, granularity = (
+        getattr(default, name) if getattr(rule, name) is None else getattr(rule, name)
+        for name in ("method", "rank", "granularity")
+    )
+    if method != "low_rank" and rank > min(shape):
+        raise UserError(
+            f"rank={rank} is too large for layer {path!r} of {shape[0]}x{shape[1]}; give it a rule "
+            f"with a rank of at most {min(shape)}, or method='skip'"
+        )
+    cells = (int(cell) for cell in np.broadcast_to(granularity, 2))
+    pair = tuple(largest_divisor(n, cell) for n, cell in zip(shape, cells, strict=True))
+    return Choice(method, rule.budget, int(rank), (pair[0], pair[1]))
+
+
+def _some(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
