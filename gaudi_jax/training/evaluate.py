@@ -119,6 +119,7 @@ def evaluate_model(
         set_sigma(view, sigma)
     graphdef, params, other = split_model(view)
     mesh = data_mesh(config.data.batch_size)
+    params, other = jax.device_put((params, other), NamedSharding(mesh, PartitionSpec()))
     step = make_evaluation_step(graphdef, image_task(config))
     batches = evaluation_batches(
         getattr(splits, split),
