@@ -68,7 +68,7 @@ def base_config() -> ConfigDict:
     """Every section with its default; configs change what differs."""
     config = ConfigDict()
     config.seed = 0
-    config.init_from = ""  # workdir of a run whose parameters this one starts from
+    config.init_from = ""  # workdir of a run, or a Hugging Face folder or id, to start from
     config.evaluate_only = False
     config.evaluate_checkpoint = "last"  # or best: the one that the report is about
 
@@ -97,6 +97,7 @@ def base_config() -> ConfigDict:
             "preset": "",  # such as B/16; sets patch_size, width, depth and heads
             "pool": "class",
             "position_scale": 0.02,
+            "norm_epsilon": 1e-6,
             "mlp_ratio": 4.0,
             "dropout": 0.0,
             "drop_path": 0.0,
@@ -104,9 +105,22 @@ def base_config() -> ConfigDict:
         }
     )
     config.layer = ConfigDict({"attention": {"name": "dense"}, "mlp": {"name": "dense"}})
+    config.compress = ConfigDict(
+        {
+            "method": "none",  # gaudi, low_rank or best: compresses the model of init_from first
+            "rules": (("blocks/.*", None),),  # (pattern of paths, its budget; None for the next)
+            "budget": 0.25,  # multiplications over dense, of all layers that the rules match
+            "allocation": "global",  # or uniform
+            "rank": 1,
+            "granularity": 1,
+            "calibration_batches": 0,  # of training examples whose outputs are kept; 0 for none
+            "rounds": 40,  # effort
+        }
+    )
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-3,
+            "factor_scale": 1.0,  # learning rate of structured layers' factors over the others'
             "structural_learning_rate": 1e-3,
             "location_learning_rate": 1e-3,
             "warmup": 0.05,  # fraction of train.steps
@@ -188,6 +202,41 @@ def use_layer(
     with config.unlocked():
         for part, name in names.items():
             config.layer[part] = ConfigDict(options.get(name, {"name": name}))
+
+
+def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> None:
+    """Starts from a trained dense model whose layers are compressed, and then fine-tuned.
+
+    The structure stays as the search finds it; the factors learn at four times the rate of the
+    rest (docs/results.md).
+
+    Args:
+        config: changed in place.
+        args: ``dense`` (workdir, or Hugging Face folder or id; empty to train it first),
+            ``method``, ``budget`` and ``granularity``.
+        dense: config of the dense model, with which it is trained if none is named.
+
+    Raises:
+        UserError: the method is unknown.
+    """
+    if args["method"] not in ("gaudi", "low_rank", "best"):
+        raise UserError(f"unknown method {args['method']!r}; use gaudi, low_rank or best")
+    if args["method"] == "low_rank":
+        args.reject("granularity", because="on method=low_rank")
+    config.init_from = args["dense"]
+    if not args["dense"]:
+        with config.unlocked():
+            config.pretrain = dense.copy_and_resolve_references()
+            config.pretrain.seed = config.get_ref("seed")
+    config.compress.update(
+        method=args["method"],
+        budget=args["budget"],
+        granularity=args["granularity"],
+        calibration_batches=16,
+    )
+    config.optimizer.update(
+        factor_scale=4.0, structural_learning_rate=0.0, location_learning_rate=0.0
+    )
 
 
 def use_smoke_data(config: ConfigDict, args: Arguments, image_size: int) -> None:

@@ -175,23 +175,22 @@ write_report(sys.argv[1])
 GRADIENT_SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np, optax
 from gaudi_jax.cost import cost
-from gaudi_jax.data.images import load_images
-from gaudi_jax.data.pipeline import train_batches
-from gaudi_jax.training.evaluate import data_mesh, image_task, put_batch
-from gaudi_jax.training.setup import build_model, build_schedules, resolve_config
+from gaudi_jax.training.evaluate import data_mesh, put_batch
+from gaudi_jax.training.setup import build_model, build_schedules
 from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
+from gaudi_jax.training.tasks import open_task
 from tests.runs import tiny_config
-splits = load_images("generated:4x8x1")
-config = resolve_config(tiny_config(), splits)
-options = {"batch_size": 32, "image_size": 8, "seed": 0}
-batch = next(train_batches(splits.train, **options))
-model = build_model(config)
-weights = CostWeights.of(cost(model, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)))
+config = tiny_config()
+config.data.update(name="generated:4x8x1", batch_size=32, image_size=8)
+task = open_task(config)
+batch = next(task.train_batches())
+model = build_model(task.config)
+weights = CostWeights.of(cost(model, task.example))
 graphdef, params, other = split_model(model)
 keep = optax.GradientTransformation(
     lambda params: params, lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g)
 )
-parts = (graphdef, keep, build_schedules(config), image_task(config), weights, 0)
+parts = (graphdef, keep, build_schedules(config), task, weights, 0)
 auto = (jax.sharding.AxisType.Auto,)
 gradients = []
 for mesh in (jax.make_mesh((1,), ("data",), auto, devices=jax.devices()[:1]), data_mesh(32)):

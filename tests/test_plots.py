@@ -238,7 +238,7 @@ def training_rows(count, **extra):
             "target": 0.3,
             "mean_width": 0.5,
             "relative_multiplications": 0.6,
-            "examples_per_second": 1e3,
+            "images_per_second": 1e3,
             **extra,
         }
         for index in range(count)

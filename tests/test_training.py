@@ -10,14 +10,13 @@ import pytest
 from flax import nnx
 
 import gaudi_jax
-from gaudi_jax.data.images import load_images
 from gaudi_jax.errors import UserError
 from gaudi_jax.report import write_report
 from gaudi_jax.training import loop
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.metrics import Progress, read_metrics
-from gaudi_jax.training.setup import resolve_config
 from gaudi_jax.training.step import CostWeights, structure_metrics
+from gaudi_jax.training.tasks import open_task
 from tests.runs import assert_same, parameters, rows_without_time, tiny_config
 
 
@@ -64,7 +63,9 @@ def test_the_report_is_about_the_checkpoint_that_is_asked_for(tmp_path, monkeypa
     config.evaluate_checkpoint = "best"
     with monkeypatch.context() as patch:
         patch.setattr(
-            loop, "evaluate_batches", lambda *_: {"loss": 1.0, "accuracy": next(accuracies)}
+            loop,
+            "evaluate_batches",
+            lambda *_: {"loss": 1.0, "correct": next(accuracies), "images": 1.0},
         )
         assert loop.train(config, tmp_path)
     assert write_report(tmp_path)["steps"] == 6
@@ -77,10 +78,7 @@ def test_the_report_is_about_the_checkpoint_that_is_asked_for(tmp_path, monkeypa
 
 def test_load_gives_the_trained_model_in_evaluation_mode(finished):
     model = gaudi_jax.load(finished)
-    config = tiny_config()
-    splits = load_images(config.data.name)
-    config = resolve_config(config, splits)
-    result = evaluate_model(model, config, splits, "test", sigma=math.inf)
+    result = evaluate_model(model, open_task(tiny_config()), "test", sigma=math.inf)
     assert result["accuracy"] == write_report(finished)["test_accuracy_hard"]
     assert all(layer.deterministic for layer in [model.blocks[0].mlp.fc1])
     assert gaudi_jax.load(finished, 6).blocks[0].mlp.fc1.widths.shape == (2, 16)
@@ -241,7 +239,7 @@ def test_what_does_not_define_a_run_may_change_when_it_goes_on(finished, tmp_pat
 def test_layers_of_attention_and_mlp_are_chosen_apart():
     config = tiny_config("smoke,attention=low_rank,mlp=gaudi,budget=0.5")
     config.update_from_flattened_dict({"layer.mlp.rank": 2, "layer.mlp.granularity": 4})
-    block = loop.build_model(resolve_config(config, load_images(config.data.name))).blocks[0]
+    block = loop.build_model(open_task(config).config).blocks[0]
     assert isinstance(block.attention.query, gaudi_jax.LowRankLinear)
     assert (block.mlp.fc1.rank, block.mlp.fc1.granularity) == (2, (4, 4))
 

@@ -89,7 +89,7 @@ def test_a_damaged_row_is_named(tmp_path):
 
 
 def test_progress_prints_whole_lines_where_there_is_no_terminal(capsys):
-    with Progress(10, 0, items_per_step=4) as progress:
+    with Progress(10, 0, unit="image", units_per_step=4) as progress:
         for step in range(1, 11):
             progress.show({"train_loss": 1.5, "relative_multiplications": 0.25, "other": 1.0})
             progress.advance(step)

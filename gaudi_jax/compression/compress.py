@@ -100,18 +100,18 @@ def compress(
     """
     if not isinstance(model, nnx.Module):
         raise UserError(f"compress needs an NNX module, not {type(model).__name__!r}")
-    if allocation not in get_args(Allocation):
-        raise UserError(f"unknown allocation {allocation!r}; use 'uniform' or 'global'")
-    network, ordered = _budget_and_rules(budget, rules)
-    default = Rule(".*", method, network, rank, granularity)
-
     result = nnx.clone(model)
-    dense, left = find_dense(result)
-    shapes = {path: matrix_shape(module) for path, module in dense.items()}
-    choices, passed_over = choose(ordered, default, shapes, left)
+    dense, left, choices, network, total = choose_layers(
+        result,
+        budget,
+        rules=rules,
+        method=method,
+        rank=rank,
+        granularity=granularity,
+        allocation=allocation,
+    )
     for path in choices:
         _check_kernel(path, dense[path])
-    total = _total(choices, shapes, network, allocation)
 
     moments: dict[str, Moments] = {}
     if calibration is not None:
@@ -122,7 +122,7 @@ def compress(
     costs = _costs(layers, network, total)
 
     entries = {}
-    weights = {path: math.prod(shapes[path]) for path in layers}
+    weights = {path: math.prod(layer.shape) for path, layer in layers.items()}
     with tqdm(
         total=sum(weights.values()),
         disable=not progress,
@@ -134,7 +134,60 @@ def compress(
             bar.update(weights[path])
     # The arrays that were not replaced are the input's still: training that donates its state would
     # delete them there.
-    return Compressed(nnx.clone(result, arrays=True), make_plan(entries, {**left, **passed_over}))
+    return Compressed(nnx.clone(result, arrays=True), make_plan(entries, left))
+
+
+class Chosen(NamedTuple):
+    """What is to be done to a model.
+
+    Attributes:
+        dense: its layers that can be replaced, by path.
+        left: reasons why the others, and those without a choice, are left, by path.
+        choices: what becomes of each layer that is replaced.
+        network: budget of layers without one of their own.
+        total: multiplications that such layers share, None where each has its own.
+    """
+
+    dense: dict[str, Any]
+    left: dict[str, str]
+    choices: dict[str, Choice]
+    network: float | None
+    total: int | None
+
+
+def choose_layers(
+    model: nnx.Module,
+    budget: float | Sequence[Rule | Mapping[str, Any]],
+    *,
+    rules: Sequence[Rule | Mapping[str, Any]] | None,
+    method: Method,
+    rank: int,
+    granularity: int | tuple[int, int],
+    allocation: Allocation,
+) -> Chosen:
+    """Finds what `compress` would do to each layer, and checks its options.
+
+    Args:
+        model: the model; shapes are enough.
+        budget: as all others, see `compress`.
+        rules: see there.
+        method: see there.
+        rank: see there.
+        granularity: see there.
+        allocation: see there.
+
+    Raises:
+        UserError: a rule is wrong or holds for no layer, or a budget or rank is impossible.
+    """
+    if allocation not in get_args(Allocation):
+        raise UserError(f"unknown allocation {allocation!r}; use 'uniform' or 'global'")
+    network, ordered = _budget_and_rules(budget, rules)
+    default = Rule(".*", method, network, rank, granularity)
+    dense, left = find_dense(model)
+    shapes = {path: matrix_shape(module) for path, module in dense.items()}
+    choices, passed_over = choose(ordered, default, shapes, left)
+    total = _total(choices, shapes, network, allocation)
+    return Chosen(dense, {**left, **passed_over}, choices, network, total)
 
 
 def _budget_and_rules(budget: Any, rules: Any) -> tuple[float | None, list[Rule]]:

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
 from gaudi_jax.cost import cost
-from gaudi_jax.data.images import load_images
 from gaudi_jax.layers import Sigma
 from gaudi_jax.report.plots import plot_curves, plot_masks
 from gaudi_jax.report.tables import summary_table
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.load import load_with_step
 from gaudi_jax.training.metrics import read_metrics
+from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.workdir import read_config
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -51,29 +50,21 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
     rows = read_metrics(workdir)
     choice = config.evaluate_checkpoint if step is None else step
     model, steps = load_with_step(workdir, None if choice == "last" else choice)
-    data = config.data
-    splits = load_images(
-        data.name,
-        validation_fraction=data.validation_fraction,
-        skip_unreadable=data.skip_unreadable,
-        verify=False,
-    )
-    soft = evaluate_model(model, config, splits, "test")
+    task = open_task(config)
+    soft = evaluate_model(model, task, "test")
     # Where no mask is soft, hard masks are the same ones.
-    hard = evaluate_model(model, config, splits, "test", sigma=math.inf) if _soft(model) else soft
-    validation = evaluate_model(model, config, splits, "validation")
-    image = (1, data.image_size, data.image_size, config.model.channels)
-    costs = cost(model, jax.ShapeDtypeStruct(image, jnp.float32))
+    hard = evaluate_model(model, task, "test", sigma=math.inf) if _soft(model) else soft
+    validation = evaluate_model(model, task, "validation")
+    costs = cost(model, task.example)
     summary = {
-        "data": data.name,
+        "data": config.data.name,
         "seed": config.seed,
         "steps": steps,
-        "test_accuracy_soft": soft["accuracy"],
-        "test_accuracy_hard": hard["accuracy"],
-        "test_loss_soft": soft["loss"],
-        "test_loss_hard": hard["loss"],
-        "validation_accuracy": validation["accuracy"],
-        "validation_loss": validation["loss"],
+        **{f"test_{name}_soft": value for name, value in soft.items()},
+        **{f"test_{name}_hard": value for name, value in hard.items()},
+        **{f"validation_{name}": value for name, value in validation.items()},
+        **_before_training(rows),
+        **task.remarks(model),
         "relative_multiplications": costs.relative,
         "total_relative_multiplications": costs.total_relative,
         "multiplications": costs.multiplications,
@@ -94,6 +85,12 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
         plot_curves(rows, workdir / "curves.png", target_of="mean_width")
     plot_masks(model, workdir / "masks.png")
     return summary
+
+
+def _before_training(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What was measured before the first step: of the dense model, and of the compressed one."""
+    first = next((row for row in rows if row.get("step") == 0), {})
+    return {name: value for name, value in first.items() if name != "step"}
 
 
 def _soft(model: nnx.Module) -> bool:

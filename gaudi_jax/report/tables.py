@@ -53,6 +53,8 @@ def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Test accuracy, soft masks", _percent(get("test_accuracy_soft"), 2)),
         ("Test accuracy, hard masks", _percent(get("test_accuracy_hard"), 2)),
         ("Validation accuracy", _percent(get("validation_accuracy"), 2)),
+        ("Dense model, test accuracy", _percent(get("dense_test_accuracy"), 2)),
+        ("Compressed, before training", _percent(get("compressed_test_accuracy"), 2)),
         ("Multiplications", _count(get("multiplications"))),
         ("Multiplications if dense", _count(get("dense_multiplications"))),
         ("Relative multiplications", _percent(get("relative_multiplications"), 1)),

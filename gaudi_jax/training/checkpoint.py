@@ -35,6 +35,18 @@ class Restored(NamedTuple):
     state: dict[str, Any]
 
 
+def has_checkpoint(directory: str | Path) -> bool:
+    """Whether a directory holds a complete checkpoint, damaged or not.
+
+    Example:
+        >>> from gaudi_jax.training.checkpoint import has_checkpoint
+        >>> has_checkpoint("nowhere")
+        False
+    """
+    with Checkpointer(directory, read_only=True) as checkpoints:
+        return bool(checkpoints.steps())
+
+
 class Checkpointer:
     """Saves and restores training states in a directory, one folder a step (orbax).
 

@@ -15,20 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gaudi_jax.cost import cost
-from gaudi_jax.data.images import load_images
-from gaudi_jax.data.pipeline import evaluation_batches, train_batches
 from gaudi_jax.errors import UserError
-from gaudi_jax.training.checkpoint import Checkpointer
-from gaudi_jax.training.evaluate import data_mesh, evaluate_batches, image_task, put_batch
-from gaudi_jax.training.load import load
+from gaudi_jax.training.checkpoint import Checkpointer, has_checkpoint
+from gaudi_jax.training.evaluate import data_mesh, evaluate_batches, put_batch
 from gaudi_jax.training.metrics import MetricLog, Progress
-from gaudi_jax.training.setup import (
-    build_model,
-    build_optimizer,
-    build_schedules,
-    check_options,
-    resolve_config,
-)
+from gaudi_jax.training.moments import with_moments
+from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules, check_options
+from gaudi_jax.training.start import Start, check_start, fresh_start, resumed_model
 from gaudi_jax.training.step import (
     CostWeights,
     TrainState,
@@ -36,6 +29,7 @@ from gaudi_jax.training.step import (
     make_train_step,
     split_model,
 )
+from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.workdir import claim_workdir
 
 log = logging.getLogger(__name__)
@@ -58,68 +52,62 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     Raises:
         UserError: the config, the data or the workdir is not usable, or the loss is not finite.
     """
-    # ---- data -----------------------------------------------------------------------------------
+    # ---- data, schedules, optimizer: what can be wrong is found before anything is written ------
     check_options(config)
-    data = config.data
-    splits = load_images(
-        data.name,
-        validation_fraction=data.validation_fraction,
-        skip_unreadable=data.skip_unreadable,
-        verify=data.verify,
-    )
-    config = resolve_config(config, splits)
-    task = image_task(config)
-    mesh = data_mesh(data.batch_size)
-    train_iterator = train_batches(
-        splits.train,
-        batch_size=data.batch_size,
-        image_size=data.image_size,
-        seed=config.seed,
-        crop_padding=data.crop_padding,
-        flip=data.flip,
-        workers=data.workers,
-    )
-
-    # ---- model, schedules, optimizer ------------------------------------------------------------
+    task = open_task(config)
+    config = task.config
+    mesh = data_mesh(config.data.batch_size)
+    train_iterator = task.train_batches()
     schedules = build_schedules(config)
-    model = build_model(config)
-    optimizer = build_optimizer(config, model, schedules)
-    if config.init_from:
-        _initialise_from(model, config.init_from)
-    image_shape = (1, data.image_size, data.image_size, config.model.channels)
-    model_cost = cost(model, jax.ShapeDtypeStruct(image_shape, jnp.float32))
-
-    # ---- state: replicated over the mesh; batches are split over it ------------------------------
-    graphdef, params, other = split_model(model)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    state = jax.device_put(
-        TrainState(jnp.zeros([], jnp.int32), params, other, optimizer.init(params)), replicated
-    )
-    step_fn = make_train_step(
-        graphdef, optimizer, schedules, task, CostWeights.of(model_cost), config.seed, replicated
-    )
-    model.eval()
-    evaluation_fn = make_evaluation_step(nnx.graphdef(model), task)
-    del model, params, other
-
-    # ---- the workdir is claimed only now that nothing is wrong with the config -------------------
+    abstract_model = nnx.eval_shape(lambda: build_model(config))
+    build_optimizer(config, abstract_model, schedules)
+    check_start(config, abstract_model)
     claim_workdir(workdir, config.to_dict())
     workdir = Path(workdir)
-    log.info(
-        "%s: %d training images, %d classes; %d parameters, %d multiplications an image if dense; "
-        "workdir %s",
-        data.name,
-        len(splits.train),
-        splits.num_classes,
-        model_cost.parameters,
-        model_cost.total_dense_multiplications,
-        workdir,
-    )
+    resumes = has_checkpoint(workdir / "checkpoints")
+    if "pretrain" in config and not config.init_from and not resumes:
+        log.info("the dense model first")
+        if not train(config.pretrain, workdir / "dense"):
+            return False
     with (
         Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         _stop_on_sigterm() as stop,
     ):
-        # ---- start: resume from the newest checkpoint, or from scratch ---------------------------
+        # ---- model -------------------------------------------------------------------------------
+        if resumes:
+            start = Start(resumed_model(config, workdir))
+        else:
+            start = fresh_start(config, task, workdir)
+        model_cost = cost(start.model, task.example)
+        log.info(
+            "%s; %d parameters, %d multiplications a %s if dense; workdir %s",
+            task.describe(),
+            model_cost.parameters,
+            model_cost.total_dense_multiplications,
+            task.unit,
+            workdir,
+        )
+        optimizer = build_optimizer(config, start.model, schedules)
+
+        # ---- state: replicated over the mesh; batches are split over it --------------------------
+        graphdef, params, other = split_model(start.model)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        opt_state = optimizer.init(params)
+        if start.moments is not None:
+            opt_state = with_moments(opt_state, start.moments)
+        state = jax.device_put(
+            TrainState(jnp.zeros([], jnp.int32), params, other, opt_state), replicated
+        )
+        weights = CostWeights.of(model_cost)
+        step_fn = make_train_step(
+            graphdef, optimizer, schedules, task, weights, config.seed, replicated
+        )
+        start.model.eval()
+        evaluation_fn = make_evaluation_step(nnx.graphdef(start.model), task)
+        results = start.results
+        del start, params, other, opt_state
+
+        # ---- resume from the newest checkpoint ---------------------------------------------------
         abstract_state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state
         )
@@ -128,14 +116,16 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
             state = TrainState(**restored.state)
             log.info("resumed from step %d", restored.step)
         first_step, steps = int(state.step), config.train.steps
-        saved_step = first_step
+        saved_step, units = first_step, task.units_per_step
         started = time.perf_counter()
 
         # ---- steps -------------------------------------------------------------------------------
         with (
             MetricLog(workdir, resumed_from=restored and restored.step) as rows,
-            Progress(steps, first_step, items_per_step=data.batch_size) as progress,
+            Progress(steps, first_step, unit=task.unit, units_per_step=units) as progress,
         ):
+            if results:
+                rows.write({"step": 0, **results})
             for step in range(first_step + 1, steps + 1):
                 batch = put_batch(next(train_iterator), mesh)
                 state, metrics = step_fn(state, batch)
@@ -143,32 +133,27 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                 if step % config.train.log_every == 0 or last:
                     row = {name: float(value) for name, value in metrics.items()}
                     _check_finite(row, step, workdir)
-                    speed = (step - first_step) * data.batch_size / (time.perf_counter() - started)
-                    rows.write({"step": step, **row, "examples_per_second": speed})
+                    speed = (step - first_step) * units / (time.perf_counter() - started)
+                    rows.write({"step": step, **row, f"{task.unit}s_per_second": speed})
                     progress.show(row)
                 progress.advance(step)
                 evaluated = None
                 if step % config.train.eval_every == 0 or last:
-                    evaluated = evaluate_batches(
+                    sums = evaluate_batches(
                         evaluation_fn,
                         state.params,
                         state.other,
-                        evaluation_batches(
-                            splits.validation,
-                            batch_size=data.batch_size,
-                            image_size=data.image_size,
-                            crop_fraction=data.crop_fraction,
-                            workers=data.workers,
-                        ),
+                        task.evaluation_batches("validation"),
                         mesh,
                     )
+                    evaluated = task.results(sums, "validation")
                     row = {f"validation_{name}": value for name, value in evaluated.items()}
                     rows.write({"step": step, **row})
                     progress.show(row)
                 if step % config.checkpoint.every == 0 or last or stop.requested:
                     # A checkpoint of a run that has diverged would push out the good ones.
                     _check_finite({"train_loss": float(metrics["train_loss"])}, step, workdir)
-                    score = evaluated["accuracy"] if evaluated and _settled(config, step) else None
+                    score = task.score(evaluated) if evaluated and _settled(config, step) else None
                     checkpoints.save(step, state._asdict(), train_iterator, score=score)
                     saved_step = step
                 if stop.requested:
@@ -197,19 +182,6 @@ def _stop_on_sigterm() -> Iterator[_Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _initialise_from(model: nnx.Module, workdir: str) -> None:
-    """Copies the parameters of another run's model of the same structure."""
-    _, params, _ = split_model(load(workdir))
-    shapes = jax.tree.map(jnp.shape, params)
-    own = jax.tree.map(jnp.shape, split_model(model)[1])
-    if shapes != own:
-        raise UserError(
-            f"the model in init_from={workdir} has other parameters than this config's; "
-            "initialise from a run with the same model and layer sections"
-        )
-    nnx.update(model, params)
 
 
 def _settled(config: ConfigDict, step: int) -> bool:

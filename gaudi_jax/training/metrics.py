@@ -20,7 +20,8 @@ PLAIN_INTERVAL = 10.0
 SHOWN = {
     "train_loss": "loss",
     "train_accuracy": "accuracy",
-    "validation_accuracy": "validation",
+    "validation_loss": "validation loss",
+    "validation_accuracy": "validation accuracy",
     "relative_multiplications": "cost",
 }
 
@@ -104,25 +105,26 @@ def read_metrics(workdir: str | Path) -> list[Row]:
 
 
 class Progress:
-    """The live line of a run: step, loss, accuracy, images a second, time left, relative cost.
+    """The live line of a run: step, loss, accuracy, units a second, time left, relative cost.
 
     A context manager. Where stderr is no terminal, whole lines at intervals.
 
     Args:
         steps: steps of the whole run.
         first_step: steps made already.
-        items_per_step: images a step.
+        unit: what is counted, such as "image".
+        units_per_step: how many of them a step takes.
     """
 
-    def __init__(self, steps: int, first_step: int, *, items_per_step: int):
-        self._items = items_per_step
+    def __init__(self, steps: int, first_step: int, *, unit: str, units_per_step: int):
+        self._unit, self._units = unit, units_per_step
         self._terminal = sys.stderr.isatty()
         self._shown: dict[str, float] = {}
         self._last_line = time.monotonic()
         self._bar = tqdm(
-            total=steps * items_per_step,
-            initial=first_step * items_per_step,
-            unit="image",
+            total=steps * units_per_step,
+            initial=first_step * units_per_step,
+            unit=unit,
             unit_scale=True,
             disable=not self._terminal,
             dynamic_ncols=True,
@@ -147,7 +149,7 @@ class Progress:
         """Says that a step has been made."""
         self._bar.set_description(f"step {step}/{self._steps}", refresh=False)
         self._bar.set_postfix({k: f"{v:.3f}" for k, v in self._shown.items()}, refresh=False)
-        self._bar.update(self._items)
+        self._bar.update(self._units)
         now = time.monotonic()
         self._step = step
         if not self._terminal and now - self._last_line >= PLAIN_INTERVAL:
@@ -159,7 +161,7 @@ class Progress:
         numbers = "".join(f", {name} {value:.3f}" for name, value in self._shown.items())
         left = time.strftime("%H:%M:%S", time.gmtime((self._steps - self._step) / speed))
         print(
-            f"step {self._step}/{self._steps}{numbers}, {speed * self._items:.0f} images/s, "
+            f"step {self._step}/{self._steps}{numbers}, {speed * self._units:.0f} {self._unit}s/s, "
             f"{left} left",
             file=sys.stderr,
             flush=True,

@@ -28,6 +28,7 @@ def gaudi_adamw(
     learning_rate: optax.ScalarOrSchedule,
     structural_learning_rate: optax.ScalarOrSchedule,
     location_learning_rate: optax.ScalarOrSchedule | None = None,
+    factor_scale: float = 1.0,
     weight_decay: float = 0.05,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -48,6 +49,8 @@ def gaudi_adamw(
         learning_rate: of the content, a number or a schedule.
         structural_learning_rate: of the widths, a number or a schedule.
         location_learning_rate: of the locations; None takes that of the widths.
+        factor_scale: learning rate of the factors v and u of structured layers, over that of other
+            content. About 4 is best for factors that come from a dense kernel.
         weight_decay: decoupled decay of kernels and factors.
         b1: decay of the content's first moment.
         b2: decay of the content's second moment. The structure's are 0 and 0.999.
@@ -88,6 +91,7 @@ def gaudi_adamw(
         "location_learning_rate": location_learning_rate,
         "weight_decay": weight_decay,
         "eps": eps,
+        "factor_scale": factor_scale,
     }
     for name, number in not_negative.items():
         if isinstance(number, int | float) and number < 0:
@@ -99,6 +103,9 @@ def gaudi_adamw(
     groups = optax.partition(
         {
             "decayed": optax.adamw(learning_rate, weight_decay=weight_decay, **content),
+            "factor": optax.adamw(
+                _scaled(learning_rate, factor_scale), weight_decay=weight_decay, **content
+            ),
             "content": optax.adam(learning_rate, **content),
             "width": optax.chain(
                 second_moment(eps=eps),
@@ -143,6 +150,12 @@ def layer_sizes(model: nnx.Module) -> LayerSizes:
         features = (module.in_features, module.out_features)
         sizes[path] = LayerSize(module.rank, features, module.granularity)
     return sizes
+
+
+def _scaled(learning_rate: optax.ScalarOrSchedule, scale: float) -> optax.ScalarOrSchedule:
+    if callable(learning_rate):
+        return lambda step: scale * learning_rate(step)
+    return scale * learning_rate
 
 
 class LayerMomentState(NamedTuple):
@@ -222,4 +235,6 @@ def _label(module: Any, name: Any, variable: nnx.Param) -> str:
         return "location"
     if isinstance(variable, Structural):
         raise UserError(f"no rule optimizes structural parameters of {type(variable).__name__}")
-    return "decayed" if isinstance(module, DECAYED_MODULES) and name != "bias" else "content"
+    if not isinstance(module, DECAYED_MODULES) or name == "bias":
+        return "content"
+    return "factor" if isinstance(module, StructuredLinear) else "decayed"

@@ -8,7 +8,6 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from gaudi_jax.data.images import ImageSplits
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import linear_factory
 from gaudi_jax.models import ViT, ViTConfig
@@ -36,25 +35,6 @@ class Schedules(NamedTuple):
     location_learning_rate: optax.Schedule
     sigma: optax.Schedule
     target: optax.Schedule
-
-
-def resolve_config(config: ConfigDict, splits: ImageSplits) -> ConfigDict:
-    """A copy of the config in which the model's sizes that the data decide are filled in.
-
-    Args:
-        config: as a config file gives it.
-        splits: the images.
-
-    Returns:
-        The config with ``model.image_size``, ``model.channels`` and ``model.num_classes``.
-    """
-    resolved = config.copy_and_resolve_references()
-    image = splits.train[0]["image"]
-    with resolved.unlocked():
-        resolved.model.image_size = config.data.image_size
-        resolved.model.channels = image.shape[-1]
-        resolved.model.num_classes = splits.num_classes
-    return resolved
 
 
 def check_options(config: ConfigDict) -> None:
@@ -165,6 +145,7 @@ def build_optimizer(
         learning_rate=schedules.learning_rate,
         structural_learning_rate=schedules.structural_learning_rate,
         location_learning_rate=schedules.location_learning_rate,
+        factor_scale=optimizer.factor_scale,
         weight_decay=optimizer.weight_decay,
         b1=optimizer.b1,
         b2=optimizer.b2,

@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from gaudi_jax.cost import Cost
-from gaudi_jax.data.augment import mix, normalize, smooth_labels
 from gaudi_jax.layers import GaudiLinear, Width
 from gaudi_jax.training.controllers import mean_active_width
 from gaudi_jax.training.setup import Schedules
+from gaudi_jax.training.tasks import Batch, Metrics, Task
 
-Batch = dict[str, Array]
-Metrics = dict[str, Array]
 Arrays = dict[str, Any]
 
 
@@ -36,33 +34,13 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class ImageTask(NamedTuple):
-    """How a batch of images becomes inputs and targets.
-
-    Attributes:
-        num_classes: number of logits.
-        mean: of the pixels (in [0, 1]), one a channel.
-        std: of the pixels (in [0, 1]), one a channel.
-        label_smoothing: share of the target spread over all classes.
-        mixup: alpha of mixup, 0 for none.
-        cutmix: alpha of cutmix, 0 for none.
-    """
-
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-
 class CostWeights(NamedTuple):
     """What turns the multiplications of each Gaudi layer into the model's relative cost.
 
     Attributes:
-        applications: input vectors per image of each Gaudi layer, by path.
-        others: multiplications per image of all other linear layers.
-        dense: multiplications per image of all linear layers, were they dense.
+        applications: input vectors per example of each Gaudi layer, by path.
+        others: multiplications per example of all other linear layers.
+        dense: multiplications per example of all linear layers, were they dense.
     """
 
     applications: dict[str, int]
@@ -71,7 +49,7 @@ class CostWeights(NamedTuple):
 
     @classmethod
     def of(cls, cost: Cost) -> "CostWeights":
-        """From the cost of one image."""
+        """From the cost of one example."""
         gaudi = [layer for layer in cost.layers if layer.kind == GaudiLinear.__name__]
         return cls(
             {layer.path: layer.applications for layer in gaudi},
@@ -118,7 +96,7 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedules: Schedules,
-    task: ImageTask,
+    task: Task,
     cost_weights: CostWeights,
     seed: int,
     sharding: jax.sharding.Sharding,
@@ -131,42 +109,33 @@ def make_train_step(
         graphdef: of the model in training mode.
         optimizer: over the model's parameters.
         schedules: of sigma, and for the metrics.
-        task: how a batch becomes inputs and targets.
+        task: how a batch becomes a loss.
         cost_weights: of the model's Gaudi layers.
-        seed: of mixing and dropout.
+        seed: of augmentation on the device and of dropout.
         sharding: of the state, which the new state keeps: were it left to the compiler, the second
             step could be compiled anew, or not use the donated memory.
 
     Returns:
-        A function ``(state, batch) -> (state, metrics)``; the batch holds uint8 images
-        (B, H, W, C) and labels (B,).
+        A function ``(state, batch) -> (state, metrics)``.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        mix_key, dropout_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), state.step)
-        )
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         sigma = schedules.sigma(state.step)
-        images = normalize(batch["image"], task.mean, task.std)
-        targets = smooth_labels(batch["label"], task.num_classes, task.label_smoothing)
-        images, targets = mix(
-            mix_key, images, targets, mixup_alpha=task.mixup, cutmix_alpha=task.cutmix
-        )
 
-        def loss_fn(params: Arrays) -> tuple[Array, Array]:
+        def loss_fn(params: Arrays) -> tuple[Array, Metrics]:
             model = nnx.merge(graphdef, params, state.other)
             set_sigma(model, sigma)
-            logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
-            return optax.softmax_cross_entropy(logits, targets).mean(), logits
+            return task.loss(model, batch, key)
 
-        (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, results), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         model = nnx.merge(graphdef, params, state.other)
         set_sigma(model, sigma)
         metrics = {
             "train_loss": loss,
-            "train_accuracy": (logits.argmax(-1) == targets.argmax(-1)).mean(),
+            **{f"train_{name}": value for name, value in results.items()},
             "learning_rate": schedules.learning_rate(state.step),
             **structure_metrics(model, cost_weights),
         }
@@ -200,25 +169,16 @@ def structure_metrics(model: nnx.Module, weights: CostWeights) -> Metrics:
 
 
 def make_evaluation_step(
-    graphdef: nnx.GraphDef, task: ImageTask
+    graphdef: nnx.GraphDef, task: Task
 ) -> Callable[[Arrays, Arrays, Batch], Metrics]:
     """The jitted evaluation step of a model in evaluation mode.
 
     Returns:
-        A function ``(params, other, batch) -> sums`` of loss, correct answers and images, weighted
-        by the batch's "weight" (0 for the padding of the last batch).
+        A function ``(params, other, batch) -> sums``, which add up over batches.
     """
 
     @jax.jit
     def step(params: Arrays, other: Arrays, batch: Batch) -> Metrics:
-        model = nnx.merge(graphdef, params, other)
-        logits: Float[Array, "B classes"] = model(normalize(batch["image"], task.mean, task.std))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        weight = batch["weight"]
-        return {
-            "loss": (losses * weight).sum(),
-            "correct": ((logits.argmax(-1) == batch["label"]) * weight).sum(),
-            "images": weight.sum(),
-        }
+        return task.sums(nnx.merge(graphdef, params, other), batch)
 
     return step

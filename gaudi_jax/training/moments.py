@@ -1,0 +1,118 @@
+"""Adam's moments, carried through a change of structure.
+
+Where a kernel W becomes blocks ``sum_b v_bᵀ u_b``, the gradient of v_b is ``G u_bᵀ`` on its
+interval, with G the gradient of W; so the moments of G give those of the factors: the first moment
+exactly, the second as if the entries of G were independent. Training then goes on without a new
+warm-up.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from gaudi_jax.layers import GaudiLinear, LowRankLinear
+from gaudi_jax.training.controllers import names
+
+Path = tuple
+
+
+class Moments(NamedTuple):
+    """Adam's moments by the paths of parameters.
+
+    Attributes:
+        updates: made so far.
+        first: running means of the gradients.
+        second: running means of their squares.
+    """
+
+    updates: Array
+    first: dict[Path, Array]
+    second: dict[Path, Array]
+
+
+def read_moments(opt_state: Any) -> Moments:
+    """The moments that an optimizer's state holds, of whatever groups it has.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from gaudi_jax.training.moments import read_moments
+        >>> params = {"kernel": jnp.ones(2)}
+        >>> sorted(read_moments(optax.adam(1e-3).init(params)).first)
+        [('kernel',)]
+    """
+    moments = Moments(jnp.zeros([], jnp.int32), {}, {})
+    for state in jax.tree.leaves(opt_state, is_leaf=_is_adam):
+        if _is_adam(state):
+            moments.first.update(_by_path(state.mu))
+            moments.second.update(_by_path(state.nu))
+            moments = moments._replace(updates=jnp.maximum(moments.updates, state.count))
+    return moments
+
+
+def carry_moments(moments: Moments, model: nnx.Module) -> Moments:
+    """The moments of a compressed model, from those of the dense one.
+
+    Args:
+        moments: of the dense model's parameters.
+        model: the compressed model.
+
+    Returns:
+        Those of every content parameter whose past is known: of factors by the chain rule, of all
+        others as they were.
+    """
+    first, second = dict(moments.first), dict(moments.second)
+    for path, layer in nnx.iter_modules(model):
+        kernel = (*path, "kernel")
+        if isinstance(layer, GaudiLinear | LowRankLinear) and kernel in first:
+            v, u = layer.v[...].astype(jnp.float32), layer.u[...].astype(jnp.float32)
+            for known, factors in ((first, (v, u)), (second, (v**2, u**2))):
+                known[*path, "v"], known[*path, "u"] = _factor_moments(known.pop(kernel), *factors)
+    return Moments(moments.updates, first, second)
+
+
+def with_moments(opt_state: Any, moments: Moments) -> Any:
+    """A fresh optimizer state that starts from given moments instead of zeros.
+
+    Groups none of whose parameters has a past stay as they are; in the others, parameters without
+    one keep zeros.
+    """
+
+    def fill(state: Any) -> Any:
+        if not _is_adam(state) or not _by_path(state.mu).keys() & moments.first.keys():
+            return state
+
+        def filled(fresh: Any, known: Mapping[Path, Array]) -> Any:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, x: known.get(names(path), x).astype(x.dtype), fresh
+            )
+
+        return state._replace(
+            count=jnp.copy(moments.updates),  # groups must not share a buffer that is donated
+            mu=filled(state.mu, moments.first),
+            nu=filled(state.nu, moments.second),
+        )
+
+    return jax.tree.map(fill, opt_state, is_leaf=_is_adam)
+
+
+def _factor_moments(
+    kernel: Float[Array, "in out"], v: Float[Array, "*B k in"], u: Float[Array, "*B k out"]
+) -> tuple[Array, Array]:
+    """Moments of the factors, from those of the kernel; zero where the factors are."""
+    to_v = jnp.einsum("...ko,io->...ki", u, kernel)
+    to_u = jnp.einsum("...ki,io->...ko", v, kernel)
+    return jnp.where(v != 0, to_v, 0), jnp.where(u != 0, to_u, 0)
+
+
+def _is_adam(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByAdamState)
+
+
+def _by_path(tree: Any) -> dict[Path, Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {names(path): leaf for path, leaf in leaves}

@@ -1,0 +1,193 @@
+"""How a run begins: from scratch, from another model, or from a compressed one."""
+
+import json
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from gaudi_jax.compression import compress, plan_table, rebuild
+from gaudi_jax.compression.compress import choose_layers
+from gaudi_jax.compression.rules import Rule
+from gaudi_jax.errors import UserError
+from gaudi_jax.training.checkpoint import Checkpointer
+from gaudi_jax.training.evaluate import evaluate_model
+from gaudi_jax.training.load import PLAN_FILE, load, read_plan
+from gaudi_jax.training.moments import Moments, carry_moments, read_moments
+from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules
+from gaudi_jax.training.step import split_model
+from gaudi_jax.training.tasks import Task
+from gaudi_jax.training.workdir import read_config, write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        model: the model, with its values.
+        moments: Adam's moments that the optimizer starts from, None for zeros.
+        results: what was measured before the first step, as one row of metrics.
+    """
+
+    model: nnx.Module
+    moments: Moments | None = None
+    results: dict[str, float] = {}  # noqa: RUF012  (a NamedTuple's default is never changed)
+
+
+def check_start(config: ConfigDict, model: nnx.Module) -> None:
+    """Checks what a run begins with, before any long work.
+
+    Args:
+        config: resolved config.
+        model: the model of the config; shapes are enough.
+
+    Raises:
+        UserError: another model is named that is not there or does not fit, or the options of
+            compression are wrong.
+    """
+    if config.init_from and is_run(config.init_from):
+        read_config(config.init_from)
+    if config.compress.method == "none":
+        return
+    if not config.init_from and "pretrain" not in config:
+        raise UserError(
+            f"compress.method={config.compress.method!r} needs a trained model; name its workdir "
+            "or Hugging Face folder in init_from"
+        )
+    if config.compress.calibration_batches < 0:
+        raise UserError(
+            f"compress.calibration_batches={config.compress.calibration_batches} must not be "
+            "negative; 0 turns calibration off"
+        )
+    options = _compress_options(config)
+    budget = options.pop("budget")
+    choose_layers(model, budget, **{k: v for k, v in options.items() if k != "rounds"})
+
+
+def fresh_start(config: ConfigDict, task: Task, workdir: Path) -> Start:
+    """The model with which a run begins, compressed if the config says so.
+
+    The plan of a compression is written into the workdir, so that `resumed_model` and
+    `gaudi_jax.load` can build its structure.
+
+    Raises:
+        UserError: the model named in ``init_from`` is not there or does not fit.
+    """
+    model: Any = build_model(config)
+    source = config.init_from or (str(workdir / "dense") if "pretrain" in config else "")
+    if source:
+        initialise_from(model, source, config)
+    if config.compress.method == "none":
+        return Start(model)
+    results: dict[str, float] = {}
+    for split in ("validation", "test"):
+        row = evaluate_model(model, task, split)
+        results |= {f"dense_{split}_{name}": value for name, value in row.items()}
+    model.eval()
+    compressed, plan = compress(
+        model,
+        **_compress_options(config),
+        calibration=_calibration(config, task) if config.compress.calibration_batches else None,
+        key=jax.random.key(config.seed),
+    )
+    log.info("%s", plan_table(plan))
+    for split in ("validation", "test"):
+        row = evaluate_model(compressed, task, split)
+        results |= {f"compressed_{split}_{name}": value for name, value in row.items()}
+    # Last: a workdir with a plan has everything that its first checkpoint needs.
+    write_atomically(workdir / PLAN_FILE, json.dumps(plan, indent=2, allow_nan=False) + "\n")
+    compressed.train()
+    moments = carry_moments(_moments_of(source), compressed) if is_run(source) else None
+    return Start(compressed, moments, results)
+
+
+def resumed_model(config: ConfigDict, workdir: Path) -> nnx.Module:
+    """The structure that a run in a workdir has, with values that its checkpoint replaces."""
+    model: nnx.Module = build_model(config)
+    if config.compress.method != "none":
+        model = rebuild(model, read_plan(workdir))
+    return model
+
+
+def is_run(source: str) -> bool:
+    """Whether a source of parameters is a run's workdir, and not a Hugging Face folder or id."""
+    return (Path(source) / "checkpoints").is_dir()
+
+
+def initialise_from(model: Any, source: str, config: ConfigDict) -> None:
+    """Copies the parameters of another run's model, or of a Hugging Face one, of the same sizes.
+
+    Raises:
+        UserError: it is not there, or has other parameters.
+    """
+    if is_run(source):
+        other = load(source)
+        remedy = "initialise from a run with the same model and layer sections"
+    else:
+        # The head is drawn anew where the number of classes differs.
+        options = {"image_size": config.model.image_size, "num_classes": config.model.num_classes}
+        other = type(model).from_pretrained(source, **options, rngs=nnx.Rngs(config.seed))
+        remedy = "set the model's sizes to those of its config.json"
+        _check_sizes(model, other, source)
+    _, params, _ = split_model(other)
+    shapes = jax.tree.map(jnp.shape, params)
+    own = jax.tree.map(jnp.shape, split_model(model)[1])
+    if shapes != own:
+        raise UserError(
+            f"the model in init_from={source} has other parameters than this config's; {remedy}"
+        )
+    nnx.update(model, params)
+
+
+def _check_sizes(model: Any, other: Any, source: str) -> None:
+    """Numbers that change a model's function but not its shapes."""
+    for name in ("heads", "norm_epsilon", "pool"):
+        own, there = getattr(model.config, name), getattr(other.config, name)
+        if own != there:
+            raise UserError(
+                f"model.{name} is {there!r} in init_from={source} and {own!r} in this config; set "
+                f"--config.model.{name}={there}"
+            )
+
+
+def _compress_options(config: ConfigDict) -> dict[str, Any]:
+    options = config.compress
+    return {
+        "budget": options.budget,
+        # A tuple in a config holds (pattern, budget) pairs; None is the network's budget.
+        "rules": [Rule(pattern, budget=budget) for pattern, budget in options.rules],
+        "method": options.method,
+        "rank": options.rank,
+        "granularity": options.granularity,
+        "allocation": options.allocation,
+        "rounds": options.rounds,
+    }
+
+
+def _calibration(config: ConfigDict, task: Task) -> Iterator[Any]:
+    """The first training batches as the model reads them, not augmented."""
+    batches = task.evaluation_batches("train")
+    for batch in islice(batches, config.compress.calibration_batches):
+        yield task.inputs({name: jnp.asarray(array) for name, array in batch.items()})
+
+
+def _moments_of(source: str) -> Moments:
+    """The optimizer's moments at the end of a run."""
+    config = ConfigDict(read_config(source))
+    model = nnx.eval_shape(lambda: build_model(config))
+    optimizer = build_optimizer(config, model, build_schedules(config))
+    _, params, _ = split_model(model)
+    wanted = {"opt_state": jax.eval_shape(optimizer.init, params)}
+    with Checkpointer(Path(source) / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(wanted)
+    if restored is None:
+        raise UserError(f"{source} holds no checkpoint; train it first")
+    return read_moments(restored.state["opt_state"])

@@ -1,0 +1,74 @@
+"""What is learned: the data of a run, and how a batch becomes a loss and a result."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from gaudi_jax.training.image_task import ImageTask
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+class Task(Protocol):
+    """The data of a run, and how a batch becomes a loss and a result.
+
+    Attributes:
+        unit: what is counted for throughput, such as "image".
+    """
+
+    unit: str
+
+    @property
+    def config(self) -> ConfigDict:
+        """The run's config, in which the sizes that the data decide are filled in."""
+
+    @property
+    def units_per_step(self) -> int:
+        """How many units a training step takes."""
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """One of the model's inputs, for counting its cost."""
+
+    def describe(self) -> str:
+        """The data in a few words."""
+
+    def train_batches(self) -> grain.DatasetIterator:
+        """Endless training batches, resumable."""
+
+    def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+        """All of a split ("train", "validation" or "test"), once, in order."""
+
+    def inputs(self, batch: Batch) -> Array:
+        """What the model reads of an evaluation batch; traceable."""
+
+    def loss(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        """Training loss, a scalar, and metrics of a batch; traceable."""
+
+    def sums(self, model: nnx.Module, batch: Batch) -> Metrics:
+        """Sums over an evaluation batch, which add up over batches; traceable."""
+
+    def results(self, sums: Mapping[str, float], split: str) -> dict[str, float]:
+        """From the sums over a whole split to its "loss" and other results."""
+
+    def score(self, results: Mapping[str, float]) -> float:
+        """What "best" compares: higher is better."""
+
+    def remarks(self, model: nnx.Module) -> dict[str, Any]:
+        """What else the summary of a trained model says; plain values."""
+
+
+def open_task(config: ConfigDict) -> Task:
+    """Opens the data of a config.
+
+    Raises:
+        UserError: the data are unknown, missing or unreadable, or an option is out of range.
+    """
+    return ImageTask.open(config)
