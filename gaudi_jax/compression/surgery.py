@@ -92,7 +92,7 @@ def structure(module: Any, entry: Mapping[str, Any]) -> StructuredLinear:
     """
     options: dict[str, Any] = {
         "rank": entry["rank"],
-        "use_bias": module.use_bias,
+        "use_bias": module.bias is not None,
         "dtype": module.dtype,
         "param_dtype": module.kernel.dtype,
     }
