@@ -211,7 +211,8 @@ def wrong(**changes):
         ({"train__log_every": 0}, "train.log_every=0"),
         ({"checkpoint__keep": 0}, "keep=0"),
         ({"evaluate_checkpoint": "first"}, "unknown evaluate_checkpoint 'first'"),
-        ({"init_from": "/nowhere"}, "/nowhere holds no run"),
+        ({"init_from": "/nowhere"}, "there is no directory '/nowhere'"),
+        ({"compress__method": "gaudi"}, "compress.method='gaudi' needs a trained model"),
     ],
 )
 def test_bad_configs_are_named_before_anything_is_written(changes, message, tmp_path):

@@ -14,14 +14,16 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from gaudi_jax.compression import rebuild
 from gaudi_jax.cost import cost
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.checkpoint import Checkpointer, has_checkpoint
 from gaudi_jax.training.evaluate import data_mesh, evaluate_batches, put_batch
+from gaudi_jax.training.load import read_plan
 from gaudi_jax.training.metrics import MetricLog, Progress
 from gaudi_jax.training.moments import with_moments
 from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules, check_options
-from gaudi_jax.training.start import Start, check_start, fresh_start, resumed_model
+from gaudi_jax.training.start import Start, check_compression, compressed_start, initialise
 from gaudi_jax.training.step import (
     CostWeights,
     TrainState,
@@ -61,23 +63,30 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     schedules = build_schedules(config)
     abstract_model = nnx.eval_shape(lambda: build_model(config))
     build_optimizer(config, abstract_model, schedules)
-    check_start(config, abstract_model)
+    check_compression(config, abstract_model)
+    resumes = has_checkpoint(Path(workdir) / "checkpoints")
+    model = build_model(config)
+    if config.init_from and not resumes:
+        initialise(model, config.init_from, config)
     claim_workdir(workdir, config.to_dict())
     workdir = Path(workdir)
-    resumes = has_checkpoint(workdir / "checkpoints")
-    if "pretrain" in config and not config.init_from and not resumes:
+    if "pretrain" in config and not resumes:
         log.info("the dense model first")
         if not train(config.pretrain, workdir / "dense"):
             return False
+        initialise(model, str(workdir / "dense"), config)
     with (
         Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         _stop_on_sigterm() as stop,
     ):
-        # ---- model -------------------------------------------------------------------------------
-        if resumes:
-            start = Start(resumed_model(config, workdir))
+        # ---- model: compressed if the config says so ---------------------------------------------
+        if config.compress.method == "none":
+            start = Start(model)
+        elif resumes:
+            start = Start(rebuild(model, read_plan(workdir)))
         else:
-            start = fresh_start(config, task, workdir)
+            start = compressed_start(model, task, workdir)
+        del model
         model_cost = cost(start.model, task.example)
         log.info(
             "%s; %d parameters, %d multiplications a %s if dense; workdir %s",

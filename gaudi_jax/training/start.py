@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from gaudi_jax.compression import compress, plan_table, rebuild
+from gaudi_jax.compression import compress, plan_table
 from gaudi_jax.compression.compress import choose_layers
 from gaudi_jax.compression.rules import Rule
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.checkpoint import Checkpointer
 from gaudi_jax.training.evaluate import evaluate_model
-from gaudi_jax.training.load import PLAN_FILE, load, read_plan
+from gaudi_jax.training.load import PLAN_FILE, load
 from gaudi_jax.training.moments import Moments, carry_moments, read_moments
 from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules
 from gaudi_jax.training.step import split_model
@@ -42,51 +42,43 @@ class Start(NamedTuple):
     results: dict[str, float] = {}  # noqa: RUF012  (a NamedTuple's default is never changed)
 
 
-def check_start(config: ConfigDict, model: nnx.Module) -> None:
-    """Checks what a run begins with, before any long work.
+def check_compression(config: ConfigDict, model: nnx.Module) -> None:
+    """Checks the options of compression before any long work.
 
     Args:
         config: resolved config.
         model: the model of the config; shapes are enough.
 
     Raises:
-        UserError: another model is named that is not there or does not fit, or the options of
-            compression are wrong.
+        UserError: there is no trained model to compress, or an option is out of range.
     """
-    if config.init_from and is_run(config.init_from):
-        read_config(config.init_from)
-    if config.compress.method == "none":
+    options = config.compress
+    if options.method == "none":
         return
     if not config.init_from and "pretrain" not in config:
         raise UserError(
-            f"compress.method={config.compress.method!r} needs a trained model; name its workdir "
-            "or Hugging Face folder in init_from"
+            f"compress.method={options.method!r} needs a trained model; name its workdir or "
+            "Hugging Face folder in init_from"
         )
-    if config.compress.calibration_batches < 0:
-        raise UserError(
-            f"compress.calibration_batches={config.compress.calibration_batches} must not be "
-            "negative; 0 turns calibration off"
-        )
-    options = _compress_options(config)
-    budget = options.pop("budget")
-    choose_layers(model, budget, **{k: v for k, v in options.items() if k != "rounds"})
+    for name, least in {"calibration_batches": 0, "rounds": 1}.items():
+        if options[name] < least:
+            raise UserError(f"compress.{name}={options[name]} must be at least {least}")
+    chosen = _compress_options(config)
+    choose_layers(model, chosen.pop("budget"), **chosen)
 
 
-def fresh_start(config: ConfigDict, task: Task, workdir: Path) -> Start:
-    """The model with which a run begins, compressed if the config says so.
+def compressed_start(model: nnx.Module, task: Task, workdir: Path) -> Start:
+    """Compresses a trained model as the config says.
 
-    The plan of a compression is written into the workdir, so that `resumed_model` and
-    `gaudi_jax.load` can build its structure.
+    The plan is written into the workdir, so that resuming and `gaudi_jax.load` can build the
+    structure.
 
-    Raises:
-        UserError: the model named in ``init_from`` is not there or does not fit.
+    Args:
+        model: the trained dense model.
+        task: the data on which it is calibrated, and evaluated before and after.
+        workdir: of the run, with the dense model's run in ``dense`` if that was trained there.
     """
-    model: Any = build_model(config)
-    source = config.init_from or (str(workdir / "dense") if "pretrain" in config else "")
-    if source:
-        initialise_from(model, source, config)
-    if config.compress.method == "none":
-        return Start(model)
+    config = task.config
     results: dict[str, float] = {}
     for split in ("validation", "test"):
         row = evaluate_model(model, task, split)
@@ -95,26 +87,19 @@ def fresh_start(config: ConfigDict, task: Task, workdir: Path) -> Start:
     compressed, plan = compress(
         model,
         **_compress_options(config),
-        calibration=_calibration(config, task) if config.compress.calibration_batches else None,
+        rounds=config.compress.rounds,
+        calibration=_calibration(task) if config.compress.calibration_batches else None,
         key=jax.random.key(config.seed),
     )
     log.info("%s", plan_table(plan))
     for split in ("validation", "test"):
         row = evaluate_model(compressed, task, split)
         results |= {f"compressed_{split}_{name}": value for name, value in row.items()}
-    # Last: a workdir with a plan has everything that its first checkpoint needs.
     write_atomically(workdir / PLAN_FILE, json.dumps(plan, indent=2, allow_nan=False) + "\n")
     compressed.train()
+    source = config.init_from or str(workdir / "dense")
     moments = carry_moments(_moments_of(source), compressed) if is_run(source) else None
     return Start(compressed, moments, results)
-
-
-def resumed_model(config: ConfigDict, workdir: Path) -> nnx.Module:
-    """The structure that a run in a workdir has, with values that its checkpoint replaces."""
-    model: nnx.Module = build_model(config)
-    if config.compress.method != "none":
-        model = rebuild(model, read_plan(workdir))
-    return model
 
 
 def is_run(source: str) -> bool:
@@ -122,7 +107,7 @@ def is_run(source: str) -> bool:
     return (Path(source) / "checkpoints").is_dir()
 
 
-def initialise_from(model: Any, source: str, config: ConfigDict) -> None:
+def initialise(model: Any, source: str, config: ConfigDict) -> None:
     """Copies the parameters of another run's model, or of a Hugging Face one, of the same sizes.
 
     Raises:
@@ -168,14 +153,13 @@ def _compress_options(config: ConfigDict) -> dict[str, Any]:
         "rank": options.rank,
         "granularity": options.granularity,
         "allocation": options.allocation,
-        "rounds": options.rounds,
     }
 
 
-def _calibration(config: ConfigDict, task: Task) -> Iterator[Any]:
+def _calibration(task: Task) -> Iterator[Any]:
     """The first training batches as the model reads them, not augmented."""
     batches = task.evaluation_batches("train")
-    for batch in islice(batches, config.compress.calibration_batches):
+    for batch in islice(batches, task.config.compress.calibration_batches):
         yield task.inputs({name: jnp.asarray(array) for name, array in batch.items()})
 
 
