@@ -7,17 +7,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from gaudi_jax.decomposition.axes import Axis, PlainAxis, WeightedAxis
 from gaudi_jax.decomposition.low_rank import regularise
-from gaudi_jax.decomposition.search import search, squared_error, svd_blocks
+from gaudi_jax.decomposition.search import CAREFUL, QUICK, ROUNDS, search, squared_error, svd_blocks
 from gaudi_jax.decomposition.sweeps import Axes, Blocks
 from gaudi_jax.errors import UserError
 from gaudi_jax.masks import block_multiplications, num_cells
 
-#: Rounds of the search at default effort.
-ROUNDS = 40
+#: Kernels of more entries are searched at the quick pace alone, in half of the time.
+LARGE_KERNEL = 2**18
 #: A weighted axis of more features is searched from the plain result, in a fraction of the rounds:
 #: each step on it costs n² instead of n.
 LARGE_AXIS = 1024
@@ -173,25 +174,37 @@ def _decompose(
         n, m = kernel.shape
         plain = PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1])
         axes = Axes(*plain)
-        empty = Blocks.empty(min(n, m) // rank, rank, (n, m))
-        begin = empty
+        begin = Blocks.empty(min(n, m) // rank, rank, (n, m))
+
+        paces = [QUICK] if n * m > LARGE_KERNEL else [QUICK, CAREFUL]
+
+        def best_of_paces(axes: Axes, begin: Blocks, rounds: Array) -> Blocks:
+            def at_pace(share):
+                return search(kernel, goal, key, axes, begin, rounds, share)
+
+            return _best(kernel, axes, lax.map(at_pace, jnp.array(paces)))
+
         if second_moment is not None:
             moment = regularise(second_moment.astype(jnp.float32))
             weighted: Axis = WeightedAxis.of(moment, n // cell[0])
             if n > LARGE_AXIS:
-                begin = search(kernel, goal, key, axes, begin, rounds)
+                begin = best_of_paces(axes, begin, rounds)
                 rounds = jnp.ceil(LARGE_AXIS_ROUNDS * rounds).astype(jnp.int32)
             axes = Axes(weighted, plain[1])
         svd = svd_blocks(kernel, goal, axes, rank)
-        found = [svd, search(kernel, goal, key, axes, begin, rounds)]
+        found = [svd, best_of_paces(axes, begin, rounds)]
         if rank > 1 or max(cell) > 1:
             # Where windows are coarse or tie columns together, blocks of full width are the better
             # start for kernels without local structure.
-            found.append(search(kernel, goal, key, axes, svd, (rounds + 1) // 2))
-        errors = jnp.stack([squared_error(kernel, blocks, axes) for blocks in found])
-        best = jnp.argmin(errors)
+            found.append(search(kernel, goal, key, axes, svd, (rounds + 1) // 2, QUICK))
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-        return _factors(jax.tree.map(lambda leaf: leaf[best], stacked), axes)
+        return _factors(_best(kernel, axes, stacked), axes)
+
+
+def _best(kernel: Array, axes: Axes, found: Blocks) -> Blocks:
+    """The one with the smallest error of several results, stacked on a first axis."""
+    errors = lax.map(lambda blocks: squared_error(kernel, blocks, axes), found)
+    return jax.tree.map(lambda leaf: leaf[jnp.argmin(errors)], found)
 
 
 def _factors(blocks: Blocks, axes: Axes) -> Factors:

@@ -23,7 +23,7 @@ def add_blocks(
     count: Int[Array, ""],
     price: Array,
     axes: Axes,
-    limit: int,
+    limit: int | Array,
 ) -> tuple[Blocks, Int[Array, ""]]:
     """Puts promising new blocks into free slots, with input factors of 0.
 
@@ -36,7 +36,7 @@ def add_blocks(
         count: blocks in use.
         price: of a multiplication.
         axes: both axes.
-        limit: most blocks that are added.
+        limit: most blocks that are added, at least 1.
 
     Returns:
         The blocks, and the number in use.
@@ -95,7 +95,7 @@ def _candidates(
     return Blocks(v, u, start, length), energy - rent
 
 
-def _distinct(found: Blocks, score: Float[Array, " K"], limit: int) -> Bool[Array, " K"]:
+def _distinct(found: Blocks, score: Float[Array, " K"], limit: int | Array) -> Bool[Array, " K"]:
     """The best candidates that are worth their price and differ from one another."""
     rank = found.v.shape[1]
     v = _unit(found.v)

@@ -13,8 +13,11 @@ from gaudi_jax.decomposition.windows import window_mask
 
 #: The first price over the energy per multiplication of the first component beyond the budget.
 FIRST_PRICE = 16.0
-#: Share of the slots that one round may fill.
-SHARE = 0.06
+#: The rounds for which the paces below are meant; fewer rounds go faster.
+ROUNDS = 40
+#: Shares of the slots that one round may fill: the quick pace fills the slots where there is no
+#: clear structure, the careful one tells separate blocks apart.
+QUICK, CAREFUL = 0.06, 0.03
 SWEEPS = 2
 #: The search aims above the budget; landing takes the excess off.
 AIM = 1.01
@@ -33,8 +36,9 @@ def search(
     axes: Axes,
     begin: Blocks,
     rounds: Int[Array, ""],
+    share: float | Array,
 ) -> Blocks:
-    """Blocks for a kernel under a budget, from given ones.
+    """Blocks for a kernel under a budget, from given ones, at one pace.
 
     Args:
         kernel: dense kernel.
@@ -43,12 +47,14 @@ def search(
         axes: both axes.
         begin: blocks to start from, those in use first; none of them for a search from nothing.
         rounds: of pursuit, sweeps and a new price.
+        share: of the slots that one round may fill, `QUICK` or `CAREFUL`.
 
     Returns:
         Blocks that cost no more than the budget.
     """
     slots, rank, _ = begin.v.shape
-    limit = max(1, int(SHARE * slots))
+    pace = jnp.maximum(1.0, ROUNDS / rounds)
+    limit = jnp.maximum(1, share * slots * pace)
 
     def round_step(i, carry):
         blocks, price, overshot, used = carry
@@ -63,7 +69,7 @@ def search(
         now = axes.multiplications(blocks.length, rank) / (AIM * budget)
         overshot = overshot | (now > 1)
         steer = jnp.where(now > 1, jnp.minimum(1.5, now**2), jnp.maximum(0.7, now**2))
-        fall = jnp.where(now - used < PLATEAU, FAST, SLOW)
+        fall = jnp.where(now - used < PLATEAU, FAST, SLOW) ** pace
         return blocks, price * jnp.where(overshot, steer, fall), overshot, now
 
     started = begin.live.any()
