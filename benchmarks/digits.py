@@ -1,10 +1,10 @@
-"""Digits from scratch: Gaudi, low-rank and dense ViTs over several seeds.
+"""Digits: Gaudi, low-rank and dense ViTs over several seeds, from scratch and compressed.
 
     python benchmarks/digits.py --seeds=5
 
-Runs ``configs/digits_vit_gaudi.py`` through ``main.py``, two runs at a time with one core each, and
-prints means and standard deviations. Finished runs are kept in a CSV file and not repeated. Choices
-were made on the validation split; the test split is read once, at the end of each run.
+Runs ``configs/digits_vit_gaudi.py`` and its fine-tuning twin through ``main.py``, two runs at a time
+with one core each, and prints means and standard deviations. Finished runs are kept in a CSV file
+and not repeated. Choices were made on the validation split; the test split chooses nothing.
 """
 
 import argparse
@@ -25,13 +25,20 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "digits.csv"
 VARIANTS = {
-    "dense": "layer=dense",
-    "gaudi": "layer=gaudi",
-    "gaudi, paper's recipe": "layer=gaudi,recipe=paper",
+    "dense": "digits_vit_gaudi.py:layer=dense",
+    "gaudi": "digits_vit_gaudi.py:layer=gaudi",
+    "gaudi, paper's recipe": "digits_vit_gaudi.py:layer=gaudi,recipe=paper",
     # Ranks are whole numbers: this budget gives 33.7 %, not less than the Gaudi runs.
-    "low_rank": "layer=low_rank,budget=0.345",
+    "low_rank": "digits_vit_gaudi.py:layer=low_rank,budget=0.345",
+    "gaudi, compressed": "digits_vit_gaudi_finetune.py:method=gaudi",
+    "low_rank, compressed": "digits_vit_gaudi_finetune.py:method=low_rank",
+    "gaudi, compressed, 0.12": "digits_vit_gaudi_finetune.py:method=gaudi,budget=0.11",
+    "low_rank, compressed, 0.12": "digits_vit_gaudi_finetune.py:method=low_rank,budget=0.11",
 }
+#: Of compressed models only: the dense one, and the compressed one before it is fine-tuned.
+BEFORE = ("dense_test_accuracy", "compressed_test_accuracy")
 COLUMNS = (
+    *BEFORE,
     "test_accuracy_soft",
     "test_accuracy_hard",
     "validation_accuracy",
@@ -49,7 +56,7 @@ def run(variant: str, seed: int) -> dict:
         command = [
             sys.executable,
             "main.py",
-            f"--config=configs/digits_vit_gaudi.py:{VARIANTS[variant]}",
+            f"--config=configs/{VARIANTS[variant]}",
             f"--config.seed={seed}",
             f"--workdir={workdir}",
         ]
@@ -58,7 +65,7 @@ def run(variant: str, seed: int) -> dict:
         )
         summary = json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8"))
     row = {"variant": variant, "seed": seed, "seconds": round(time.perf_counter() - start)}
-    return row | {name: summary[name] for name in COLUMNS}
+    return row | {name: summary.get(name, "") for name in COLUMNS}
 
 
 def read_rows() -> list[dict]:
@@ -68,14 +75,12 @@ def read_rows() -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def append_row(row: dict) -> None:
+def write_rows(rows: list[dict]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row.keys())
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("variant", "seed", "seconds", *COLUMNS))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def table(rows: list[dict]) -> str:
@@ -83,22 +88,41 @@ def table(rows: list[dict]) -> str:
     for variant in VARIANTS:
         chosen = [row for row in rows if row["variant"] == variant]
         if chosen:
-            values = {name: np.array([float(row[name]) for row in chosen]) for name in COLUMNS}
-            cells = [f"{100 * v.mean():.2f} ± {100 * v.std(ddof=1):.2f}" for v in values.values()]
+            cells = [_mean([row[name] for row in chosen if row.get(name)]) for name in COLUMNS]
             lines.append((variant, len(chosen), *cells))
-    headers = ("layers", "seeds", "test, soft %", "test, hard %", "validation %", "cost %")
+    headers = (
+        "layers",
+        "seeds",
+        "dense %",
+        "compressed %",
+        "test, soft %",
+        "test, hard %",
+        "validation %",
+        "cost %",
+    )
     return tabulate(lines, headers, tablefmt="github")
+
+
+def _mean(values: list[str]) -> str:
+    percent = 100 * np.array(values, float)
+    return f"{percent.mean():.2f} ± {percent.std(ddof=1):.2f}" if len(percent) > 1 else "–"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--variants", default="", help="those that contain this word")
     args = parser.parse_args()
     done = {(row["variant"], int(row["seed"])) for row in read_rows()}
-    jobs = [(v, s) for s in range(args.seeds) for v in VARIANTS if (v, s) not in done]
+    jobs = [
+        (v, s)
+        for s in range(args.seeds)
+        for v in VARIANTS
+        if args.variants in v and (v, s) not in done
+    ]
     with ThreadPoolExecutor(2) as pool:
         for row in tqdm(pool.map(lambda job: run(*job), jobs), total=len(jobs), unit="run"):
-            append_row(row)
+            write_rows([*read_rows(), row])
     print(table(read_rows()))
 
 

@@ -122,8 +122,8 @@ def test_an_unknown_method_of_the_config():
 
 class TwoLayers(nnx.Module):
     def __init__(self, rngs):
-        self.first = nnx.Linear(6, 8, rngs=rngs)
-        self.second = nnx.Linear(8, 3, rngs=rngs)
+        self.first = nnx.Linear(32, 24, rngs=rngs)
+        self.second = nnx.Linear(24, 3, rngs=rngs)
 
     def __call__(self, x):
         return self.second(nnx.tanh(self.first(x)))
@@ -135,7 +135,7 @@ def test_moments_follow_the_chain_rule(method):
     rules = [{"pattern": "first", "budget": 0.9}]
     model, _ = gaudi_jax.compress(dense, rules, method=method, rounds=4, progress=False)
     # The gradient of a loss of the composed kernel, whose first moment is the gradient itself.
-    target = jax.random.normal(jax.random.key(1), (6, 8))
+    target = jax.random.normal(jax.random.key(1), (32, 24))
     layer = model.first
     gradient = 2 * (layer.kernel() - target)
     expected = nnx.grad(lambda layer: ((layer.kernel() - target) ** 2).sum())(layer)
