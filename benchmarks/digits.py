@@ -2,9 +2,9 @@
 
     python benchmarks/digits.py --seeds=5
 
-Runs ``configs/digits_vit_gaudi.py`` and its fine-tuning twin through ``main.py``, two runs at a time
-with one core each, and prints means and standard deviations. Finished runs are kept in a CSV file
-and not repeated. Choices were made on the validation split; the test split chooses nothing.
+Runs ``configs/digits_vit_gaudi.py`` and its fine-tuning twin through ``main.py``, two runs at a
+time with one core each, and prints means and standard deviations. Finished runs are kept in a CSV
+file and not repeated. Choices were made on the validation split; the test split chooses nothing.
 """
 
 import argparse

@@ -8,10 +8,12 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Programs that many tests share are compiled once, also by the processes that tests start.
-_compiled = tempfile.TemporaryDirectory(prefix="gaudi_jax_compiled_")
+# Programs that many tests share are compiled once, also by the processes that run or start tests.
+if "GAUDI_JAX_TEST_CACHE" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="gaudi_jax_compiled_")
+    os.environ["GAUDI_JAX_TEST_CACHE"] = _compiled.name
 for name, value in {
-    "jax_compilation_cache_dir": _compiled.name,
+    "jax_compilation_cache_dir": os.environ["GAUDI_JAX_TEST_CACHE"],
     "jax_persistent_cache_min_compile_time_secs": 0.2,
 }.items():
     os.environ[name.upper()] = str(value)
