@@ -1,9 +1,9 @@
-"""What every image config shares: the sections, their defaults, and the argument string."""
+"""What the configs share: the sections, their defaults, and the argument string."""
 
 import math
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from gaudi_jax.errors import UserError
 
@@ -65,8 +65,9 @@ def parse_arguments(text: str | None, defaults: dict[str, Argument]) -> Argument
 
 
 def base_config() -> ConfigDict:
-    """Every section with its default; configs change what differs."""
+    """Every section with its default, for images; configs change what differs."""
     config = ConfigDict()
+    config.task = "images"
     config.seed = 0
     config.init_from = ""  # workdir of a run, or a Hugging Face folder or id, to start from
     config.evaluate_only = False
@@ -120,6 +121,7 @@ def base_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-3,
+            "schedule": "cosine",  # or linear: how learning rates fall after the warm-up
             "factor_scale": 1.0,  # learning rate of structured layers' factors over the others'
             "structural_learning_rate": 1e-3,
             "location_learning_rate": 1e-3,
@@ -145,12 +147,53 @@ def base_config() -> ConfigDict:
         }
     )
     config.sigma = ConfigDict({"start": math.inf, "end": math.inf, "begin": 0.0, "finish": 1.0})
-    config.train = ConfigDict({"steps": 1000, "log_every": 20, "eval_every": 100})
+    config.train = ConfigDict(
+        {
+            "steps": 1000,
+            "accumulate": 1,  # micro-batches of a step: less memory, the same step
+            "log_every": 20,
+            "eval_every": 100,
+        }
+    )
     config.checkpoint = ConfigDict({"every": 200, "keep": 2})
     return config
 
 
-#: Arguments that every image config takes.
+def text_config() -> ConfigDict:
+    """Every section with its default, for text."""
+    config = base_config()
+    config.task = "text"
+    config.data = ConfigDict(
+        {
+            "name": "docs",  # docs, text:PATH, hf:OWNER/NAME:CONFIG, tfds:NAME
+            "tokenizer": "chars",  # chars, bpe:VOCAB_SIZE, hf:DIRECTORY_OR_ID
+            "block": 128,  # tokens that the model reads at once
+            "stride": 0,  # of evaluation windows; 0 is block: side by side
+            "batch_size": 16,
+            "validation_fraction": 0.1,  # held out of training where the text has no such split
+            "test_fraction": 0.0,  # likewise; with 0 the validation text serves
+            "cache_dir": "~/.cache/gaudi_jax",  # token ids and trained tokenizers
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "name": "gpt2",
+            "preset": "",  # such as gpt2; sets width, depth and heads
+            "vocab_size": config_dict.placeholder(int),  # None is the tokenizer's
+            "context": config_dict.placeholder(int),  # None is data.block
+            "mlp_ratio": 4.0,
+            "fused_qkv": True,
+            "norm_epsilon": 1e-5,
+            "dropout": 0.0,
+            "dtype": "float32",
+        }
+    )
+    with config.unlocked():
+        config.layer.attention_out = ConfigDict({"name": "dense"})
+    return config
+
+
+#: Arguments that every config which trains from scratch takes.
 LAYER_ARGUMENTS: dict[str, Argument] = {
     "layer": "gaudi",  # gaudi, low_rank or dense
     "attention": "",  # the same for the attention layers alone
@@ -237,6 +280,17 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
     config.optimizer.update(
         factor_scale=4.0, structural_learning_rate=0.0, location_learning_rate=0.0
     )
+
+
+def use_smoke_text(config: ConfigDict) -> None:
+    """Shrinks a config to a minute on the embedded text, to see that everything works."""
+    config.data.update(name="docs", tokenizer="chars", block=32, batch_size=8, stride=0)
+    config.model.update(preset="", dtype="float32")
+    with config.unlocked():
+        config.model.update(width=32, depth=2, heads=2)
+    config.train.update(steps=60, accumulate=min(config.train.accumulate, 2))
+    config.train.update(log_every=5, eval_every=20)
+    config.checkpoint.every = 20
 
 
 def use_smoke_data(config: ConfigDict, args: Arguments, image_size: int) -> None:
