@@ -18,6 +18,8 @@ Published validation losses of the dense model: 1.88 (cpu) and 1.4697 (gpu), eac
 random windows.
 """
 
+from typing import Any
+
 from configs.common import (
     LAYER_ARGUMENTS,
     parse_arguments,
@@ -27,7 +29,7 @@ from configs.common import (
 )
 from gaudi_jax.errors import UserError
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "cpu": {
         "model": {"depth": 4, "heads": 4, "width": 128, "dropout": 0.0},
         "data": {"block": 64, "batch_size": 12},

@@ -1,11 +1,14 @@
 """A run of seconds, and what is compared between runs."""
 
+import os
+import signal
+
 import jax
 import numpy as np
 
 import gaudi_jax
 from configs import digits_vit_gaudi
-from gaudi_jax.training.metrics import read_metrics
+from gaudi_jax.training.metrics import Progress, read_metrics
 from gaudi_jax.training.step import split_model
 
 
@@ -33,3 +36,15 @@ def rows_without_time(workdir):
         {name: value for name, value in row.items() if not name.endswith("_per_second")}
         for row in read_metrics(workdir)
     ]
+
+
+def stop_at(monkeypatch, step):
+    """Lets SIGTERM arrive while the given step is being made."""
+    advance = Progress.advance
+
+    def advance_and_stop(self, current):
+        if current == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        advance(self, current)
+
+    monkeypatch.setattr(Progress, "advance", advance_and_stop)

@@ -1,8 +1,6 @@
 import json
 import math
-import os
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -14,10 +12,10 @@ from gaudi_jax.errors import UserError
 from gaudi_jax.report import write_report
 from gaudi_jax.training import loop
 from gaudi_jax.training.evaluate import evaluate_model
-from gaudi_jax.training.metrics import Progress, read_metrics
+from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.step import CostWeights, structure_metrics
 from gaudi_jax.training.tasks import open_task
-from tests.runs import assert_same, parameters, rows_without_time, tiny_config
+from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +82,6 @@ def test_load_gives_the_trained_model_in_evaluation_mode(finished):
     assert gaudi_jax.load(finished, 6).blocks[0].mlp.fc1.widths.shape == (2, 16)
     with pytest.raises(UserError, match="has no checkpoint 5"):
         gaudi_jax.load(finished, 5)
-
-
-def stop_at(monkeypatch, step):
-    """Lets SIGTERM arrive while the given step is being made."""
-    advance = Progress.advance
-
-    def advance_and_stop(self, current):
-        if current == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        advance(self, current)
-
-    monkeypatch.setattr(Progress, "advance", advance_and_stop)
 
 
 @pytest.mark.parametrize("step", [3, 4])

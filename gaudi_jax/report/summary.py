@@ -63,6 +63,8 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
         **{f"test_{name}_soft": value for name, value in soft.items()},
         **{f"test_{name}_hard": value for name, value in hard.items()},
         **{f"validation_{name}": value for name, value in validation.items()},
+        # What a language model is judged by, under its short name too.
+        **{name: value for name, value in hard.items() if name == "perplexity"},
         **_before_training(rows),
         **task.remarks(model),
         "relative_multiplications": costs.relative,

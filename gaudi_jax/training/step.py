@@ -120,7 +120,6 @@ def make_train_step(
     Returns:
         A function ``(state, batch) -> (state, metrics)``.
     """
-
     accumulate = task.config.train.accumulate
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -178,7 +178,7 @@ class TextTask:
         tokens, decode = self.splits.validation.tokens, self.splits.tokenizer.decode
         length = min(PROMPT, max(1, self.config.data.block // 2), len(tokens))
         starts = np.linspace(0, len(tokens) - length, SAMPLES, dtype=int)
-        prompts = [tokens[start : start + length] for start in starts]
+        prompts = [tokens[start : start + length].tolist() for start in starts]
         new = generate(
             model,
             prompts,
