@@ -1,7 +1,7 @@
 """What the configs share: the sections, their defaults, and the argument string."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
@@ -202,16 +202,47 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
     "budget": 0.3,  # multiplications over dense (gaudi with recipe=budget, and low_rank)
     "smoke": False,
 }
+#: Those of text configs; attention_out is the layer that ends the attention.
+TEXT_ARGUMENTS = LAYER_ARGUMENTS | {"attention_out": ""}
 
 
-def use_layer(
-    config: ConfigDict, args: Arguments, *, paper_target: float, paper_strength: float
-) -> None:
+class Recipe(NamedTuple):
+    """How Gaudi layers learn their structure: changes of two sections, and the layers' options."""
+
+    sigma: dict[str, Argument]
+    controller: dict[str, Argument]
+    layer: dict[str, Argument]
+
+
+def paper_from_scratch(*, target: float, strength: float) -> Recipe:
+    """The paper's recipe for training from scratch.
+
+    Sigma rises from 1 to 100, and a constant threshold lowers widths while their mean exceeds its
+    target.
+    """
+    return Recipe(
+        sigma={"start": 1.0, "end": 100.0, "begin": 5 / 300},
+        controller={
+            "name": "threshold",
+            "target": target,
+            "strength": strength,
+            "begin": 10 / 300,
+        },
+        layer={"sigma": 1.0},
+    )
+
+
+def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str = "split") -> None:
     """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
 
     The budget recipe: hard masks from the first step with a smoothed derivative, and a budget of
-    multiplications that falls along a cubic. The paper's: sigma from 1 to 100, and a constant
-    threshold while the mean width exceeds its target.
+    multiplications that falls along a cubic.
+
+    Args:
+        config: changed in place; each part of ``config.layer`` gets its layer.
+        args: `LAYER_ARGUMENTS`, and one for each other part of ``config.layer``.
+        paper: the paper's recipe.
+        widths: initial ones of the budget recipe's layers (`GaudiFactory`).
 
     Raises:
         UserError: the recipe is unknown, the budget is out of range, or an argument has no effect.
@@ -220,9 +251,9 @@ def use_layer(
         raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
     if not 0 < args["budget"] <= 1:
         raise UserError(f"budget={args['budget']} is outside (0, 1]; give a fraction such as 0.3")
-    names = {part: args[part] or args["layer"] for part in ("attention", "mlp")}
-    if args["attention"] and args["mlp"]:
-        args.reject("layer", because="beside attention and mlp")
+    names = {part: args[part] or args["layer"] for part in config.layer}
+    if all(args[part] for part in names):
+        args.reject("layer", because=f"beside {' and '.join(names)}")
     if set(names.values()) == {"dense"}:
         args.reject("budget", because="on dense layers")
     if args["recipe"] == "paper" and "low_rank" not in names.values():
@@ -231,14 +262,12 @@ def use_layer(
     if "gaudi" not in names.values():
         args.reject("recipe", because="without Gaudi layers")
     elif args["recipe"] == "paper":
-        config.sigma.update(start=1.0, end=100.0, begin=5 / 300)
-        config.controller.update(
-            name="threshold", target=paper_target, strength=paper_strength, begin=10 / 300
-        )
-        gaudi["sigma"] = 1.0
+        config.sigma.update(paper.sigma)
+        config.controller.update(paper.controller)
+        gaudi.update(paper.layer)
     else:
         # 2 cells of smoothing suit a grid of single features (docs/results.md).
-        gaudi.update(backward_smoothing=2.0, locations="spaced")
+        gaudi.update(backward_smoothing=2.0, widths=widths, locations="spaced")
         config.optimizer.layer_moment = True
         config.controller.update(name="budget", target=args["budget"], floor=0.6 * args["budget"])
     options = {"gaudi": gaudi, "low_rank": {"name": "low_rank", "budget": args["budget"]}}

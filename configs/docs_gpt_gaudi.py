@@ -3,7 +3,8 @@
     python main.py --config=configs/docs_gpt_gaudi.py
     python main.py --config=configs/docs_gpt_gaudi.py:layer=dense
 
-Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper``, ``budget=0.5``, ``smoke``.
+Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper``, ``budget=0.5``, ``smoke``;
+``attention=``, ``attention_out=`` and ``mlp=`` choose the layers of a part.
 
 The text is the half megabyte of documentation that Python carries, so that nothing is downloaded;
 it differs from one Python version to the next (its hash is in the summary). Its tokens are 512
@@ -11,7 +12,8 @@ pieces of words, learned from it. Under five minutes on two CPU cores.
 """
 
 from configs.common import (
-    LAYER_ARGUMENTS,
+    TEXT_ARGUMENTS,
+    paper_from_scratch,
     parse_arguments,
     text_config,
     use_layer,
@@ -20,7 +22,7 @@ from configs.common import (
 
 
 def get_config(arguments: str | None = None):
-    args = parse_arguments(arguments, LAYER_ARGUMENTS | {"budget": 0.5})
+    args = parse_arguments(arguments, TEXT_ARGUMENTS | {"budget": 0.5})
     config = text_config()
     config.data.update(name="docs", tokenizer="bpe:512", block=64, batch_size=16, test_fraction=0.1)
     config.model.dropout = 0.1
@@ -35,8 +37,7 @@ def get_config(arguments: str | None = None):
         b2=0.99,
         clip_norm=1.0,
     )
-    use_layer(config, args, paper_target=0.15, paper_strength=0.5)
-    config.layer.attention_out = config.layer.attention
+    use_layer(config, args, paper=paper_from_scratch(target=0.15, strength=0.5))
     config.train.update(steps=1500, log_every=25, eval_every=250)
     config.checkpoint.every = 250
     if args["smoke"]:

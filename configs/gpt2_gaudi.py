@@ -21,10 +21,9 @@ Published perplexities on the test text: dense 19.36, Gaudi-GBLR 19.24 (the auth
 at 43.7 % of the multiplications. Hardware: a GPU or TPU. Not measured with this code yet.
 """
 
-import math
-
 from configs.common import (
-    LAYER_ARGUMENTS,
+    TEXT_ARGUMENTS,
+    Recipe,
     parse_arguments,
     text_config,
     use_layer,
@@ -34,13 +33,19 @@ from gaudi_jax.errors import UserError
 
 TRAIN_TOKENS = 117_920_140
 BATCH_SIZE, BLOCK = 512, 1024
+PAPER = Recipe(
+    sigma={},
+    controller={"name": "mean", "target": 0.25},
+    layer={"widths": "leading", "density": 0.25, "locations": "spaced"},
+)
 
 
 def get_config(arguments: str | None = None):
     args = parse_arguments(
         arguments,
-        LAYER_ARGUMENTS
+        TEXT_ARGUMENTS
         | {
+            "attention_out": "dense",
             "recipe": "paper",
             "budget": 0.44,
             "epochs": 10,
@@ -68,18 +73,8 @@ def get_config(arguments: str | None = None):
         weight_decay=0.1,
         clip_norm=1.0,
     )
-    use_layer(config, args, paper_target=0.25, paper_strength=0.0)
-    for part in ("attention", "mlp"):
-        layer = config.layer[part]
-        if layer.name == "gaudi":
-            # The leading singular components: all else would cut them in pieces.
-            with config.unlocked():
-                layer.update(widths="leading", locations="spaced")
-                if args["recipe"] == "paper":
-                    layer.update(density=0.25, sigma=math.inf)
-    if config.controller.name == "threshold":
-        config.controller.name = "mean"
-        config.sigma.update(start=math.inf, end=math.inf)
+    # Leading blocks: the truncated SVD of the pretrained kernels, in one piece.
+    use_layer(config, args, paper=PAPER, widths="leading")
     steps = TRAIN_TOKENS * args["epochs"] // (BLOCK * BATCH_SIZE)
     config.train.update(
         steps=steps, accumulate=BATCH_SIZE // args["micro"], log_every=10, eval_every=225

@@ -6,7 +6,8 @@
 The text is the file "tinyshakespeare" (1.1 MB), or any other.
 
 Arguments: ``text=PATH``, ``size=cpu|gpu``, ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper``,
-``budget=0.5``, ``smoke`` (embedded text).
+``budget=0.5``, ``smoke`` (embedded text); ``attention=``, ``attention_out=`` and ``mlp=`` choose the
+layers of a part.
 
 The sizes are nanoGPT's. ``cpu``: 4 layers of 4 heads, 128 wide, windows of 64 characters, 2000
 steps of 12 windows, some minutes on two CPU cores. ``gpu``: 6 layers of 6 heads, 384 wide, windows
@@ -21,7 +22,8 @@ random windows.
 from typing import Any
 
 from configs.common import (
-    LAYER_ARGUMENTS,
+    TEXT_ARGUMENTS,
+    paper_from_scratch,
     parse_arguments,
     text_config,
     use_layer,
@@ -44,7 +46,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def get_config(arguments: str | None = None):
-    args = parse_arguments(arguments, LAYER_ARGUMENTS | {"budget": 0.5, "text": "", "size": "cpu"})
+    args = parse_arguments(arguments, TEXT_ARGUMENTS | {"budget": 0.5, "text": "", "size": "cpu"})
     if args["size"] not in SIZES:
         raise UserError(f"unknown size {args['size']!r}; use {' or '.join(SIZES)}")
     if args["smoke"]:
@@ -66,8 +68,7 @@ def get_config(arguments: str | None = None):
         b2=0.99,
         clip_norm=1.0,
     )
-    use_layer(config, args, paper_target=0.15, paper_strength=0.5)
-    config.layer.attention_out = config.layer.attention
+    use_layer(config, args, paper=paper_from_scratch(target=0.15, strength=0.5))
     config.train.update(steps=size["steps"], log_every=25, eval_every=250)
     config.checkpoint.every = 250
     if args["smoke"]:

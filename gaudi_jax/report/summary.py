@@ -32,8 +32,8 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
 
     Args:
         workdir: directory of the run.
-        step: which checkpoint: its step, "best" (by validation accuracy) or "last"; None for what
-            the run's config says (``evaluate_checkpoint``).
+        step: which checkpoint: its step, "best" (by validation accuracy, or loss) or "last"; None
+            for what the run's config says (``evaluate_checkpoint``).
 
     Returns:
         The content of ``summary.json``.
