@@ -14,7 +14,14 @@ learning rate 5e-3, mixup 0.8, cutmix 1.0, label smoothing 0.1, drop path 0.1.
 Hardware: one GPU or TPU. Time and accuracy of the full recipe have not been measured yet.
 """
 
-from configs.common import LAYER_ARGUMENTS, base_config, parse_arguments, use_layer, use_smoke_data
+from configs.common import (
+    LAYER_ARGUMENTS,
+    base_config,
+    paper_from_scratch,
+    parse_arguments,
+    use_layer,
+    use_smoke_data,
+)
 
 TRAIN_IMAGES = 45_000
 
@@ -44,7 +51,7 @@ def get_config(arguments: str | None = None):
         start_factor=1e-3,
         end_factor=0.01,
     )
-    use_layer(config, args, paper_target=0.05, paper_strength=0.02)
+    use_layer(config, args, paper=paper_from_scratch(target=0.05, strength=0.02))
     steps = TRAIN_IMAGES * args["epochs"] // config.data.batch_size
     config.train.update(steps=steps, log_every=50, eval_every=440)
     config.checkpoint.every = 440

@@ -1,9 +1,9 @@
-"""What every image config shares: the sections, their defaults, and the argument string."""
+"""What the configs share: the sections, their defaults, and the argument string."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from gaudi_jax.errors import UserError
 
@@ -65,8 +65,9 @@ def parse_arguments(text: str | None, defaults: dict[str, Argument]) -> Argument
 
 
 def base_config() -> ConfigDict:
-    """Every section with its default; configs change what differs."""
+    """Every section with its default, for images; configs change what differs."""
     config = ConfigDict()
+    config.task = "images"
     config.seed = 0
     config.init_from = ""  # workdir of a run, or a Hugging Face folder or id, to start from
     config.evaluate_only = False
@@ -120,6 +121,7 @@ def base_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-3,
+            "schedule": "cosine",  # or linear: how learning rates fall after the warm-up
             "factor_scale": 1.0,  # learning rate of structured layers' factors over the others'
             "structural_learning_rate": 1e-3,
             "location_learning_rate": 1e-3,
@@ -145,12 +147,53 @@ def base_config() -> ConfigDict:
         }
     )
     config.sigma = ConfigDict({"start": math.inf, "end": math.inf, "begin": 0.0, "finish": 1.0})
-    config.train = ConfigDict({"steps": 1000, "log_every": 20, "eval_every": 100})
+    config.train = ConfigDict(
+        {
+            "steps": 1000,
+            "accumulate": 1,  # micro-batches of a step: less memory, the same step
+            "log_every": 20,
+            "eval_every": 100,
+        }
+    )
     config.checkpoint = ConfigDict({"every": 200, "keep": 2})
     return config
 
 
-#: Arguments that every image config takes.
+def text_config() -> ConfigDict:
+    """Every section with its default, for text."""
+    config = base_config()
+    config.task = "text"
+    config.data = ConfigDict(
+        {
+            "name": "docs",  # docs, text:PATH, hf:OWNER/NAME:CONFIG, tfds:NAME
+            "tokenizer": "chars",  # chars, bpe:VOCAB_SIZE, hf:DIRECTORY_OR_ID
+            "block": 128,  # tokens that the model reads at once
+            "stride": 0,  # of evaluation windows; 0 is block: side by side
+            "batch_size": 16,
+            "validation_fraction": 0.1,  # held out of training where the text has no such split
+            "test_fraction": 0.0,  # likewise; with 0 the validation text serves
+            "cache_dir": "~/.cache/gaudi_jax",  # token ids and trained tokenizers
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "name": "gpt2",
+            "preset": "",  # such as gpt2; sets width, depth and heads
+            "vocab_size": config_dict.placeholder(int),  # None is the tokenizer's
+            "context": config_dict.placeholder(int),  # None is data.block
+            "mlp_ratio": 4.0,
+            "fused_qkv": True,
+            "norm_epsilon": 1e-5,
+            "dropout": 0.0,
+            "dtype": "float32",
+        }
+    )
+    with config.unlocked():
+        config.layer.attention_out = ConfigDict({"name": "dense"})
+    return config
+
+
+#: Arguments that every config which trains from scratch takes.
 LAYER_ARGUMENTS: dict[str, Argument] = {
     "layer": "gaudi",  # gaudi, low_rank or dense
     "attention": "",  # the same for the attention layers alone
@@ -159,16 +202,47 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
     "budget": 0.3,  # multiplications over dense (gaudi with recipe=budget, and low_rank)
     "smoke": False,
 }
+#: Those of text configs; attention_out is the layer that ends the attention.
+TEXT_ARGUMENTS = LAYER_ARGUMENTS | {"attention_out": ""}
 
 
-def use_layer(
-    config: ConfigDict, args: Arguments, *, paper_target: float, paper_strength: float
-) -> None:
+class Recipe(NamedTuple):
+    """How Gaudi layers learn their structure: changes of two sections, and the layers' options."""
+
+    sigma: dict[str, Argument]
+    controller: dict[str, Argument]
+    layer: dict[str, Argument]
+
+
+def paper_from_scratch(*, target: float, strength: float) -> Recipe:
+    """The paper's recipe for training from scratch.
+
+    Sigma rises from 1 to 100, and a constant threshold lowers widths while their mean exceeds its
+    target.
+    """
+    return Recipe(
+        sigma={"start": 1.0, "end": 100.0, "begin": 5 / 300},
+        controller={
+            "name": "threshold",
+            "target": target,
+            "strength": strength,
+            "begin": 10 / 300,
+        },
+        layer={"sigma": 1.0},
+    )
+
+
+def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str = "split") -> None:
     """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
 
     The budget recipe: hard masks from the first step with a smoothed derivative, and a budget of
-    multiplications that falls along a cubic. The paper's: sigma from 1 to 100, and a constant
-    threshold while the mean width exceeds its target.
+    multiplications that falls along a cubic.
+
+    Args:
+        config: changed in place; each part of ``config.layer`` gets its layer.
+        args: `LAYER_ARGUMENTS`, and one for each other part of ``config.layer``.
+        paper: the paper's recipe.
+        widths: initial ones of the budget recipe's layers (`GaudiFactory`).
 
     Raises:
         UserError: the recipe is unknown, the budget is out of range, or an argument has no effect.
@@ -177,9 +251,9 @@ def use_layer(
         raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
     if not 0 < args["budget"] <= 1:
         raise UserError(f"budget={args['budget']} is outside (0, 1]; give a fraction such as 0.3")
-    names = {part: args[part] or args["layer"] for part in ("attention", "mlp")}
-    if args["attention"] and args["mlp"]:
-        args.reject("layer", because="beside attention and mlp")
+    names = {part: args[part] or args["layer"] for part in config.layer}
+    if all(args[part] for part in names):
+        args.reject("layer", because=f"beside {' and '.join(names)}")
     if set(names.values()) == {"dense"}:
         args.reject("budget", because="on dense layers")
     if args["recipe"] == "paper" and "low_rank" not in names.values():
@@ -188,14 +262,12 @@ def use_layer(
     if "gaudi" not in names.values():
         args.reject("recipe", because="without Gaudi layers")
     elif args["recipe"] == "paper":
-        config.sigma.update(start=1.0, end=100.0, begin=5 / 300)
-        config.controller.update(
-            name="threshold", target=paper_target, strength=paper_strength, begin=10 / 300
-        )
-        gaudi["sigma"] = 1.0
+        config.sigma.update(paper.sigma)
+        config.controller.update(paper.controller)
+        gaudi.update(paper.layer)
     else:
         # 2 cells of smoothing suit a grid of single features (docs/results.md).
-        gaudi.update(backward_smoothing=2.0, locations="spaced")
+        gaudi.update(backward_smoothing=2.0, widths=widths, locations="spaced")
         config.optimizer.layer_moment = True
         config.controller.update(name="budget", target=args["budget"], floor=0.6 * args["budget"])
     options = {"gaudi": gaudi, "low_rank": {"name": "low_rank", "budget": args["budget"]}}
@@ -237,6 +309,17 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
     config.optimizer.update(
         factor_scale=4.0, structural_learning_rate=0.0, location_learning_rate=0.0
     )
+
+
+def use_smoke_text(config: ConfigDict) -> None:
+    """Shrinks a config to a minute on the embedded text, to see that everything works."""
+    config.data.update(name="docs", tokenizer="chars", block=32, batch_size=8, stride=0)
+    config.model.update(preset="", dtype="float32")
+    with config.unlocked():
+        config.model.update(width=32, depth=2, heads=2)
+    config.train.update(steps=60, accumulate=min(config.train.accumulate, 2))
+    config.train.update(log_every=5, eval_every=20)
+    config.checkpoint.every = 20
 
 
 def use_smoke_data(config: ConfigDict, args: Arguments, image_size: int) -> None:

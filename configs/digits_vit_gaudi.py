@@ -9,7 +9,14 @@ Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper``, ``budget=0.3
 Expected test accuracies, over five seeds, are in docs/results.md.
 """
 
-from configs.common import LAYER_ARGUMENTS, base_config, parse_arguments, use_layer, use_smoke_data
+from configs.common import (
+    LAYER_ARGUMENTS,
+    base_config,
+    paper_from_scratch,
+    parse_arguments,
+    use_layer,
+    use_smoke_data,
+)
 
 
 def get_config(arguments: str | None = None):
@@ -22,7 +29,7 @@ def get_config(arguments: str | None = None):
     config.optimizer.update(
         learning_rate=4e-3, structural_learning_rate=3e-3, location_learning_rate=3e-4
     )
-    use_layer(config, args, paper_target=0.15, paper_strength=1.0)
+    use_layer(config, args, paper=paper_from_scratch(target=0.15, strength=1.0))
     config.train.update(steps=3000, log_every=25, eval_every=250)
     config.checkpoint.every = 250
     if args["smoke"]:

@@ -17,7 +17,14 @@ Published: dense 78.57-78.7 % top-1 at 17.2 G multiplications, Gaudi-GBLR 78.51 
 Hardware: a TPU slice or a node of GPUs. Accuracy with this code has not been measured yet.
 """
 
-from configs.common import LAYER_ARGUMENTS, base_config, parse_arguments, use_layer, use_smoke_data
+from configs.common import (
+    LAYER_ARGUMENTS,
+    base_config,
+    paper_from_scratch,
+    parse_arguments,
+    use_layer,
+    use_smoke_data,
+)
 
 TRAIN_IMAGES = 1_281_167
 
@@ -51,7 +58,7 @@ def get_config(arguments: str | None = None):
         start_factor=1e-3,
         end_factor=0.01,
     )
-    use_layer(config, args, paper_target=0.12, paper_strength=0.04)
+    use_layer(config, args, paper=paper_from_scratch(target=0.12, strength=0.04))
     steps = TRAIN_IMAGES * args["epochs"] // config.data.batch_size
     config.train.update(steps=steps, log_every=100, eval_every=1251)
     config.checkpoint.every = 1251

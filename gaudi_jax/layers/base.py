@@ -60,6 +60,10 @@ class StructuredLinear(nnx.Module):
     def product(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
         """The product ``x @ kernel()`` in the cheaper order, in the dtype of x."""
 
+    @abstractmethod
+    def set_kernel(self, kernel: Float[Array, "in out"]) -> None:
+        """Makes the factors those of the dense kernel's truncated SVD; widths and such stay."""
+
     @classmethod
     def from_kernel(
         cls,

@@ -301,6 +301,11 @@ class GaudiLinear(StructuredLinear):
         left, right = self.factors()
         return left.T @ right
 
+    def set_kernel(self, kernel: Float[Array, "in out"]) -> None:
+        """Makes the factors those of the dense kernel's truncated SVD; the blocks stay in place."""
+        v, u = _block_factors(kernel, self.num_blocks, self.rank)
+        self.v[...], self.u[...] = v.astype(self.v.dtype), u.astype(self.u.dtype)
+
     def multiplications(self) -> Int[Array, ""]:
         """Multiplications per input vector, counted on the exact boxcars whatever sigma is."""
         return block_multiplications(

@@ -89,6 +89,11 @@ class LowRankLinear(StructuredLinear):
         """The dense kernel, shape (in_features, out_features)."""
         return self.v[...].T @ self.u[...]
 
+    def set_kernel(self, kernel: Float[Array, "in out"]) -> None:
+        """Makes the factors those of the dense kernel's truncated SVD."""
+        v, u = svd_factors(kernel, self.rank)
+        self.v[...], self.u[...] = v.astype(self.v.dtype), u.astype(self.u.dtype)
+
     def multiplications(self) -> Int[Array, ""]:
         """Multiplications per input vector: factors in sequence, or composed if that is less."""
         n_in, n_out = self.in_features, self.out_features

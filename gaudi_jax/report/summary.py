@@ -32,8 +32,8 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
 
     Args:
         workdir: directory of the run.
-        step: which checkpoint: its step, "best" (by validation accuracy) or "last"; None for what
-            the run's config says (``evaluate_checkpoint``).
+        step: which checkpoint: its step, "best" (by validation accuracy, or loss) or "last"; None
+            for what the run's config says (``evaluate_checkpoint``).
 
     Returns:
         The content of ``summary.json``.
@@ -63,6 +63,8 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
         **{f"test_{name}_soft": value for name, value in soft.items()},
         **{f"test_{name}_hard": value for name, value in hard.items()},
         **{f"validation_{name}": value for name, value in validation.items()},
+        # What a language model is judged by, under its short name too.
+        **{name: value for name, value in hard.items() if name == "perplexity"},
         **_before_training(rows),
         **task.remarks(model),
         "relative_multiplications": costs.relative,

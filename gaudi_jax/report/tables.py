@@ -11,8 +11,9 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
     Args:
         summary: the content of a run's `summary.json`. Keys that are missing or None are left out
-            of the text. Accuracies and relative costs are fractions, `versions` maps packages
-            to versions, and `layers` is a list of mappings with
+            of the text. Accuracies and relative costs are fractions, losses are in nats, `versions`
+            maps packages to versions, `samples` is a list of mappings with "prompt" and
+            "continuation", and `layers` is a list of mappings with
             "path", "kind", "in_features", "out_features", "multiplications" and "relative", and
             "applications" if a layer is applied more than once.
 
@@ -37,6 +38,10 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     parts = [
         tabulate(header, tablefmt="plain", disable_numparse=True),
         _layer_table(summary.get("layers") or []),
+        *(
+            f"Sample {number}\n{sample['prompt']} […] {sample['continuation']}"
+            for number, sample in enumerate(summary.get("samples") or [], start=1)
+        ),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -55,11 +60,40 @@ def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Validation accuracy", _percent(get("validation_accuracy"), 2)),
         ("Dense model, test accuracy", _percent(get("dense_test_accuracy"), 2)),
         ("Compressed, before training", _percent(get("compressed_test_accuracy"), 2)),
+        *_text_results(summary),
         ("Multiplications", _count(get("multiplications"))),
         ("Multiplications if dense", _count(get("dense_multiplications"))),
         ("Relative multiplications", _percent(get("relative_multiplications"), 1)),
         ("Parameters", _count(get("parameters"))),
     ]
+
+
+def _text_results(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a language model; its rows are told by the perplexity, which image models lack."""
+    if "test_perplexity_hard" not in summary:
+        return []
+    rows = [
+        ("Test, soft masks", "test_{}_soft"),
+        ("Test, hard masks", "test_{}_hard"),
+        ("Validation", "validation_{}"),
+        ("Dense model, test", "dense_test_{}"),
+        ("Compressed, before training", "compressed_test_{}"),
+    ]
+    names = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits a byte"}
+    names["word_perplexity"] = "word perplexity"
+    texts = [
+        (
+            label,
+            ", ".join(
+                f"{text} {_number(summary[key])}"
+                for name, text in names.items()
+                if (key := form.format(name)) in summary
+            ),
+        )
+        for label, form in rows
+    ]
+    unigram = summary.get("unigram_perplexity")
+    return [*texts, ("Unigram perplexity", "" if unigram is None else _number(unigram))]
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -92,6 +126,10 @@ def _text(value: Any) -> str:
 
 def _count(value: float | None) -> str:
     return "" if value is None else f"{round(value):,}"
+
+
+def _number(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _percent(fraction: float | None, digits: int) -> str:

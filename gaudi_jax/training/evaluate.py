@@ -13,17 +13,23 @@ from gaudi_jax.training.step import Arrays, make_evaluation_step, set_sigma, spl
 from gaudi_jax.training.tasks import Batch, Metrics, Task
 
 
-def data_mesh(batch_size: int) -> Mesh:
+def data_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
     """A mesh of all devices with the one axis "data", over which batches are split.
 
+    Args:
+        batch_size: of a training step.
+        accumulate: micro-batches of a step, which follow one another.
+
     Raises:
-        UserError: the batch cannot be split evenly over the devices.
+        UserError: the batch cannot be split evenly.
     """
     devices = jax.device_count()
-    if batch_size < 1 or batch_size % devices:
+    parts = devices * accumulate
+    if batch_size < 1 or batch_size % parts:
+        into = f" and train.{accumulate=} micro-batches" if accumulate > 1 else ""
         raise UserError(
-            f"data.batch_size={batch_size} cannot be split over {devices} devices; "
-            f"use a positive multiple of {devices}"
+            f"data.batch_size={batch_size} cannot be split over {devices} devices{into}; "
+            f"use a positive multiple of {parts}"
         )
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -69,7 +75,7 @@ def evaluate_model(
     if sigma is not None:
         set_sigma(view, sigma)
     graphdef, params, other = split_model(view)
-    mesh = data_mesh(task.config.data.batch_size)
+    mesh = data_mesh(task.config.data.batch_size, task.config.train.accumulate)
     params, other = jax.device_put((params, other), NamedSharding(mesh, PartitionSpec()))
     step = make_evaluation_step(graphdef, task)
     sums = evaluate_batches(step, params, other, task.evaluation_batches(split), mesh)

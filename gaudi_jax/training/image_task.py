@@ -100,7 +100,7 @@ class ImageTask:
         data = self.config.data
         return evaluation_batches(
             getattr(self.splits, split),
-            batch_size=data.batch_size,
+            batch_size=data.batch_size // self.config.train.accumulate,
             image_size=data.image_size,
             crop_fraction=data.crop_fraction,
             workers=data.workers,

@@ -27,7 +27,8 @@ def load(
 
     Args:
         workdir: directory of a run, or one that `gaudi_jax.save` wrote.
-        step: step of the run's checkpoint, "best" (by validation accuracy), or None for the newest.
+        step: step of the run's checkpoint, "best" (by validation accuracy, or loss), or None for
+            the newest.
         into: for a saved model, a dense model like the one that was compressed; shapes are enough
             (``nnx.eval_shape``). It is left as it was. None for the model of a run.
 

@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     check_options(config)
     task = open_task(config)
     config = task.config
-    mesh = data_mesh(config.data.batch_size)
+    mesh = data_mesh(config.data.batch_size, config.train.accumulate)
     train_iterator = task.train_batches()
     schedules = build_schedules(config)
     abstract_model = nnx.eval_shape(lambda: build_model(config))
@@ -89,11 +89,10 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
         del model
         model_cost = cost(start.model, task.example)
         log.info(
-            "%s; %d parameters, %d multiplications a %s if dense; workdir %s",
+            "%s; %d parameters, %d multiplications an example if dense; workdir %s",
             task.describe(),
             model_cost.parameters,
             model_cost.total_dense_multiplications,
-            task.unit,
             workdir,
         )
         optimizer = build_optimizer(config, start.model, schedules)

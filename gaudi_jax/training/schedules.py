@@ -21,16 +21,32 @@ def warmup_cosine(
         >>> float(schedule(5)), float(schedule(10)), float(schedule(20))
         (0.5, 1.0, 0.0)
     """
-    if min(start, peak, end) < 0:
-        raise UserError(
-            f"the learning rate must never be negative: start {start}, peak {peak}, end {end}"
-        )
-    if not 0 <= warmup_steps < total_steps:
-        raise UserError(
-            f"warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps}); shorten the "
-            "warm-up or train longer"
-        )
+    _check_warmup(peak, warmup_steps, total_steps, start, end)
     return optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, total_steps, end)
+
+
+def warmup_linear(
+    peak: float, *, warmup_steps: int, total_steps: int, start: float = 0.0, end: float = 0.0
+) -> optax.Schedule:
+    """Linear warm-up from `start` to `peak`, then a straight line down to `end`.
+
+    Raises:
+        UserError: a learning rate is negative, or the warm-up does not end before the last step.
+
+    Example:
+        >>> from gaudi_jax.training.schedules import warmup_linear
+        >>> schedule = warmup_linear(1.0, warmup_steps=10, total_steps=20)
+        >>> float(schedule(5)), float(schedule(10)), float(schedule(15)), float(schedule(20))
+        (0.5, 1.0, 0.5, 0.0)
+    """
+    _check_warmup(peak, warmup_steps, total_steps, start, end)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(start, peak, warmup_steps),
+            optax.linear_schedule(peak, end, total_steps - warmup_steps),
+        ],
+        [warmup_steps],
+    )
 
 
 def annealed_sigma(start: float, end: float, *, first_step: int, last_step: int) -> optax.Schedule:
@@ -82,3 +98,17 @@ def falling_budget(
             f"the budget must fall between two steps in order, not {first_step} and {last_step}"
         )
     return optax.polynomial_schedule(start, budget, 3, last_step - first_step, first_step)
+
+
+def _check_warmup(
+    peak: float, warmup_steps: int, total_steps: int, start: float, end: float
+) -> None:
+    if min(start, peak, end) < 0:
+        raise UserError(
+            f"the learning rate must never be negative: start {start}, peak {peak}, end {end}"
+        )
+    if not 0 <= warmup_steps < total_steps:
+        raise UserError(
+            f"warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps}); shorten the "
+            "warm-up or train longer"
+        )

@@ -1,6 +1,7 @@
 """From a config to the objects of a run: model, schedules, optimizer."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,12 +11,18 @@ from ml_collections import ConfigDict
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import linear_factory
-from gaudi_jax.models import ViT, ViTConfig
+from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.training import controllers
 from gaudi_jax.training.optim import gaudi_adamw
-from gaudi_jax.training.schedules import annealed_sigma, falling_budget, warmup_cosine
+from gaudi_jax.training.schedules import (
+    annealed_sigma,
+    falling_budget,
+    warmup_cosine,
+    warmup_linear,
+)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DECAYS = {"cosine": warmup_cosine, "linear": warmup_linear}
 CONTROLLERS = ("none", "threshold", "mean", "budget")
 
 
@@ -45,6 +52,7 @@ def check_options(config: ConfigDict) -> None:
     """
     numbers = {
         "train.steps": config.train.steps,
+        "train.accumulate": config.train.accumulate,
         "train.log_every": config.train.log_every,
         "train.eval_every": config.train.eval_every,
         "checkpoint.every": config.checkpoint.every,
@@ -61,31 +69,116 @@ def check_options(config: ConfigDict) -> None:
         )
 
 
-def build_model(config: ConfigDict) -> ViT:
+class _Family(NamedTuple):
+    """A kind of models.
+
+    Attributes:
+        model: its class.
+        sizes: of the class's config.
+        layers: fields of the config that make linear layers, and the sections of ``config.layer``
+            that they follow.
+        pretrained: reads a Hugging Face folder or id for a config.
+        invisible: fields that change a model's function but no shape.
+    """
+
+    model: Callable[..., nnx.Module]
+    sizes: Any
+    layers: Mapping[str, str]
+    pretrained: Callable[[ConfigDict, str], Any]
+    invisible: tuple[str, ...]
+
+
+def _pretrained_vit(config: ConfigDict, source: str) -> ViT:
+    # The head is drawn anew where the number of classes differs.
+    return ViT.from_pretrained(
+        source,
+        image_size=config.model.image_size,
+        num_classes=config.model.num_classes,
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+def _pretrained_gpt2(config: ConfigDict, source: str) -> GPT2:
+    return GPT2.from_pretrained(source, fused_qkv=config.model.fused_qkv)
+
+
+FAMILIES = {
+    "vit": _Family(
+        ViT,
+        ViTConfig,
+        {"attention_layer": "attention", "mlp_layer": "mlp"},
+        _pretrained_vit,
+        ("heads", "norm_epsilon", "pool"),
+    ),
+    "gpt2": _Family(
+        GPT2,
+        GPT2Config,
+        {
+            "attention_layer": "attention",
+            "attention_out_layer": "attention_out",
+            "mlp_layer": "mlp",
+        },
+        _pretrained_gpt2,
+        ("heads", "norm_epsilon"),
+    ),
+}
+
+
+def build_model(config: ConfigDict) -> Any:
     """The model of a resolved config, freshly initialised from ``config.seed``.
 
     Raises:
         UserError: the model, a layer or one of their options is unknown or out of range.
     """
+    family = _family(config)
     options = config.model.to_dict()
     name = options.pop("name")
-    if name != "vit":
-        raise UserError(f"unknown model {name!r}; the models are vit")
     dtype = options.pop("dtype")
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; use {' or '.join(DTYPES)}")
     preset = options.pop("preset", None)
-    known = {field.name for field in dataclasses.fields(ViTConfig)}
+    known = {field.name for field in dataclasses.fields(family.sizes)}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise UserError(f"model 'vit' has no option {unknown[0]!r}; it has {', '.join(known)}")
+        raise UserError(f"model {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
     options |= {
-        "attention_layer": linear_factory(config.layer.attention.to_dict()),
-        "mlp_layer": linear_factory(config.layer.mlp.to_dict()),
-        "dtype": DTYPES[dtype],
+        field: linear_factory(config.layer[section].to_dict())
+        for field, section in family.layers.items()
     }
-    sizes = ViTConfig.preset(preset, **options) if preset else ViTConfig(**options)
-    return ViT(sizes, rngs=nnx.Rngs(config.seed))
+    options["dtype"] = DTYPES[dtype]
+    sizes = family.sizes.preset(preset, **options) if preset else family.sizes(**options)
+    return family.model(sizes, rngs=nnx.Rngs(config.seed))
+
+
+def pretrained_model(config: ConfigDict, source: str) -> Any:
+    """The dense model of a Hugging Face folder or id, in the sizes that the data ask for.
+
+    Args:
+        config: resolved config.
+        source: the folder or id.
+
+    Raises:
+        UserError: it is not there, cannot be read, or computes something else than the config's.
+    """
+    family = _family(config)
+    model = family.pretrained(config, source)
+    wanted = nnx.eval_shape(lambda: build_model(config)).config
+    for name in family.invisible:
+        own, there = getattr(wanted, name), getattr(model.config, name)
+        if own != there:
+            raise UserError(
+                f"model.{name} is {there!r} in init_from={source} and {own!r} in this config; set "
+                f"--config.model.{name}={there}"
+            )
+    return model
+
+
+def _family(config: ConfigDict) -> _Family:
+    if config.model.name not in FAMILIES:
+        raise UserError(
+            f"unknown model {config.model.name!r}; the models are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[config.model.name]
 
 
 def build_schedules(config: ConfigDict) -> Schedules:
@@ -96,8 +189,13 @@ def build_schedules(config: ConfigDict) -> Schedules:
     """
     steps, optimizer = config.train.steps, config.optimizer
 
-    def cosine(peak: float) -> optax.Schedule:
-        return warmup_cosine(
+    if optimizer.schedule not in DECAYS:
+        raise UserError(
+            f"unknown optimizer.schedule {optimizer.schedule!r}; use {' or '.join(DECAYS)}"
+        )
+
+    def decaying(peak: float) -> optax.Schedule:
+        return DECAYS[optimizer.schedule](
             peak,
             warmup_steps=_step(optimizer.warmup, steps, "optimizer.warmup"),
             total_steps=steps,
@@ -118,9 +216,9 @@ def build_schedules(config: ConfigDict) -> Schedules:
             last_step=max(_step(controller.end, steps, "controller.end"), 1),
         )
     return Schedules(
-        learning_rate=cosine(optimizer.learning_rate),
-        structural_learning_rate=cosine(optimizer.structural_learning_rate),
-        location_learning_rate=cosine(optimizer.location_learning_rate),
+        learning_rate=decaying(optimizer.learning_rate),
+        structural_learning_rate=decaying(optimizer.structural_learning_rate),
+        location_learning_rate=decaying(optimizer.location_learning_rate),
         sigma=annealed_sigma(
             sigma.start,
             sigma.end,

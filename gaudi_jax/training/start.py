@@ -16,11 +16,17 @@ from gaudi_jax.compression import compress, plan_table
 from gaudi_jax.compression.compress import choose_layers
 from gaudi_jax.compression.rules import Rule
 from gaudi_jax.errors import UserError
+from gaudi_jax.layers import StructuredLinear
 from gaudi_jax.training.checkpoint import Checkpointer
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.load import PLAN_FILE, load
 from gaudi_jax.training.moments import Moments, carry_moments, read_moments
-from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules
+from gaudi_jax.training.setup import (
+    build_model,
+    build_optimizer,
+    build_schedules,
+    pretrained_model,
+)
 from gaudi_jax.training.step import split_model
 from gaudi_jax.training.tasks import Task
 from gaudi_jax.training.workdir import read_config, write_atomically
@@ -107,40 +113,39 @@ def is_run(source: str) -> bool:
     return (Path(source) / "checkpoints").is_dir()
 
 
-def initialise(model: Any, source: str, config: ConfigDict) -> None:
-    """Copies the parameters of another run's model, or of a Hugging Face one, of the same sizes.
+def initialise(model: nnx.Module, source: str, config: ConfigDict) -> None:
+    """Takes the parameters of another run's model, or of a Hugging Face one, of the same sizes.
+
+    Structured layers that are dense there get the truncated SVD of the dense kernel; their widths
+    and locations stay as the config starts them.
 
     Raises:
         UserError: it is not there, or has other parameters.
     """
     if is_run(source):
         other = load(source)
-        remedy = "initialise from a run with the same model and layer sections"
+        remedy = "initialise from a run with the same model and layer sections, or a dense one"
     else:
-        # The head is drawn anew where the number of classes differs.
-        options = {"image_size": config.model.image_size, "num_classes": config.model.num_classes}
-        other = type(model).from_pretrained(source, **options, rngs=nnx.Rngs(config.seed))
+        other = pretrained_model(config, source)
         remedy = "set the model's sizes to those of its config.json"
-        _check_sizes(model, other, source)
-    _, params, _ = split_model(other)
-    shapes = jax.tree.map(jnp.shape, params)
-    own = jax.tree.map(jnp.shape, split_model(model)[1])
-    if shapes != own:
+    own, theirs = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (model, other))
+    there = {path: variable.shape for path, variable in theirs.items()}
+    here = {path: variable.shape for path, variable in own.items()}
+    dense_there = {
+        path: layer
+        for path, layer in nnx.iter_modules(model)
+        if isinstance(layer, StructuredLinear) and (*path, "kernel") in there
+    }
+    for path, layer in dense_there.items():
+        here = {p: shape for p, shape in here.items() if p[:-1] != path or p[-1] == "bias"}
+        here[*path, "kernel"] = (layer.in_features, layer.out_features)
+    if here != there:
         raise UserError(
             f"the model in init_from={source} has other parameters than this config's; {remedy}"
         )
-    nnx.update(model, params)
-
-
-def _check_sizes(model: Any, other: Any, source: str) -> None:
-    """Numbers that change a model's function but not its shapes."""
-    for name in ("heads", "norm_epsilon", "pool"):
-        own, there = getattr(model.config, name), getattr(other.config, name)
-        if own != there:
-            raise UserError(
-                f"model.{name} is {there!r} in init_from={source} and {own!r} in this config; set "
-                f"--config.model.{name}={there}"
-            )
+    for path, layer in dense_there.items():
+        layer.set_kernel(theirs.pop((*path, "kernel"))[...])
+    nnx.update(model, nnx.from_flat_state(list(theirs.items())))
 
 
 def _compress_options(config: ConfigDict) -> dict[str, Any]:

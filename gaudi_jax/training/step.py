@@ -103,7 +103,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted training step; the old state is donated.
 
-    Randomness is a function of the seed and the step alone, so that a resumed run repeats it.
+    Randomness is a function of the seed and the step alone, so that a resumed run repeats it. With
+    ``task.config.train.accumulate`` above 1 the batch is worked through in that many micro-batches,
+    whose gradients are averaged: the memory of one micro-batch, the step of the whole batch.
 
     Args:
         graphdef: of the model in training mode.
@@ -118,17 +120,21 @@ def make_train_step(
     Returns:
         A function ``(state, batch) -> (state, metrics)``.
     """
+    accumulate = task.config.train.accumulate
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         sigma = schedules.sigma(state.step)
 
-        def loss_fn(params: Arrays) -> tuple[Array, Metrics]:
+        def loss_fn(params: Arrays, batch: Batch, key: Array) -> tuple[Array, Metrics]:
             model = nnx.merge(graphdef, params, state.other)
             set_sigma(model, sigma)
             return task.loss(model, batch, key)
 
-        (loss, results), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        gradients_of = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, results), gradients = mean_over_parts(
+            lambda *part: gradients_of(state.params, *part), batch, key, accumulate
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         model = nnx.merge(graphdef, params, state.other)
@@ -145,6 +151,40 @@ def make_train_step(
         return TrainState(state.step + 1, params, other, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+
+
+def mean_over_parts(
+    function: Callable[[Batch, Array], Any], batch: Batch, key: Array, parts: int
+) -> Any:
+    """The mean of a function over equal parts of a batch, worked through one after the other.
+
+    Args:
+        function: of a part and a random key; gives a tree of arrays.
+        batch: arrays whose first axis is a multiple of `parts`.
+        key: random key; each part gets its own.
+        parts: number of parts; 1 calls the function with the batch and the key.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gaudi_jax.training.step import mean_over_parts
+        >>> batch = {"x": jnp.arange(4.0)}
+        >>> float(mean_over_parts(lambda b, key: b["x"].max(), batch, jax.random.key(0), 2))
+        2.5
+    """
+    if parts == 1:
+        return function(batch, key)
+    # Part i takes every parts-th example from i on, so that each part is spread over all devices,
+    # as the batch is.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, parts)
+    first = jax.tree.map(lambda x: x[0], (split, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    total, _ = jax.lax.scan(add, zeros, (split, keys))
+    return jax.tree.map(lambda x: x / parts, total)
 
 
 def structure_metrics(model: nnx.Module, weights: CostWeights) -> Metrics:

@@ -10,7 +10,9 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from gaudi_jax.errors import UserError
 from gaudi_jax.training.image_task import ImageTask
+from gaudi_jax.training.text_task import TextTask
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -66,9 +68,14 @@ class Task(Protocol):
 
 
 def open_task(config: ConfigDict) -> Task:
-    """Opens the data of a config.
+    """Opens the data of a config: images to classify, or text to continue.
 
     Raises:
-        UserError: the data are unknown, missing or unreadable, or an option is out of range.
+        UserError: the task or its data are unknown, missing or unreadable, or an option is out of
+            range.
     """
-    return ImageTask.open(config)
+    if config.task == "images":
+        return ImageTask.open(config)
+    if config.task == "text":
+        return TextTask.open(config)
+    raise UserError(f"unknown task {config.task!r}; use images or text")

@@ -19,9 +19,16 @@ NOT_PART_OF_A_RUN = (
     "checkpoint.every",
     "checkpoint.keep",
     "data.verify",
+    "data.cache_dir",
 )
-#: Keys that the data decide; only the config of a run that has opened its data has them.
-DECIDED_BY_DATA = ("model.image_size", "model.channels", "model.num_classes")
+#: Keys that the data decide; only the config of a run that has opened its data has them all.
+DECIDED_BY_DATA = (
+    "model.image_size",
+    "model.channels",
+    "model.num_classes",
+    "model.vocab_size",
+    "model.context",
+)
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
@@ -67,7 +74,11 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
         UserError: it holds no run, or that of another config.
     """
     saved, own = _flatten(read_config(workdir)), _flatten(_decode(_encode(config)))
-    known = {key: value for key, value in saved.items() if key in DECIDED_BY_DATA} | own
+    known = own | {
+        key: value
+        for key, value in saved.items()
+        if key in DECIDED_BY_DATA and own.get(key) is None
+    }
     missing = object()
     differing = sorted(
         key
