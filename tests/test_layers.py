@@ -202,6 +202,21 @@ def test_gaudi_from_kernel_with_leading_widths_is_the_truncated_svd():
     assert float(gaudi.multiplications()) == float(low_rank.multiplications()) == 4 * 40
 
 
+def test_setting_a_kernel_keeps_the_blocks_in_place():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(16, 12)), jnp.float32)
+    for width_init in (initializers.leading_widths(0.25), initializers.split_widths()):
+        wanted = GaudiLinear.from_kernel(kernel, width_init=width_init)
+        layer = GaudiLinear(16, 12, width_init=width_init, use_bias=False, rngs=nnx.Rngs(1))
+        layer.set_kernel(kernel)
+        np.testing.assert_allclose(layer.kernel(), wanted.kernel(), atol=1e-6)
+        np.testing.assert_array_equal(layer.widths[...], wanted.widths[...])
+    low_rank = LowRankLinear(16, 12, rank=4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+    low_rank.set_kernel(kernel)
+    assert low_rank.v.dtype == jnp.bfloat16
+    wanted = LowRankLinear.from_kernel(kernel, rank=4).kernel()
+    np.testing.assert_allclose(np.asarray(low_rank.kernel(), np.float32), wanted, atol=0.1)
+
+
 def test_gaudi_from_kernel_is_by_default_no_worse_than_low_rank_at_its_cost():
     kernel = jax.random.normal(jax.random.key(0), (64, 64))
     layer = GaudiLinear.from_kernel(kernel)
