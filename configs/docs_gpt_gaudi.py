@@ -8,7 +8,8 @@ Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper``, ``budget=0.5
 
 The text is the half megabyte of documentation that Python carries, so that nothing is downloaded;
 it differs from one Python version to the next (its hash is in the summary). Its tokens are 512
-pieces of words, learned from it. Under five minutes on two CPU cores.
+pieces of words, learned from it. A run takes about 4.3 minutes of processor time and, on Python
+3.11, ends at a test perplexity of 22 at half of the multiplications (unigram: 202; one seed).
 """
 
 from configs.common import (
