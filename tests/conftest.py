@@ -6,6 +6,9 @@ import tempfile
 import jax
 import pytest
 
+#: Scripts that made golden files; they need packages that the tests do not.
+collect_ignore_glob = ["data/golden/make_*.py"]
+
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Programs that many tests share are compiled once, also by the processes that run or start tests.
