@@ -102,12 +102,21 @@ def test_starting_from_another_run(finished, tmp_path):
         ({"rules": (("blocks/(", None),)}, "no regular expression"),
         ({"rules": (("attic/.*", None),)}, "holds for no layer"),
         ({"granularity": 0}, "granularity=0"),
+        ({"rules": ("blocks/.*",)}, "must hold pairs"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(changes, message, tmp_path):
     config = finetune_config()
     config.compress.update(changes)
     with pytest.raises(UserError, match=message):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_dense_model_must_be_trained_on_the_same_data(tmp_path):
+    config = finetune_config()
+    config.data.crop_padding = 2
+    with pytest.raises(UserError, match=r"data.crop_padding is 2 here and 1 for the dense model"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,12 +1,12 @@
 """Compression of a trained network: from dense layers to structured ones under a budget."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gaudi_jax.compression.allocation import share_out
 from gaudi_jax.compression.calibration import Moments, calibrate
 from gaudi_jax.compression.layer import Layer
-from gaudi_jax.compression.plan import Plan, make_plan
+from gaudi_jax.compression.plan import Plan, make_plan, plan_table
 from gaudi_jax.compression.rules import Choice, Method, Rule, as_rules, choose
 from gaudi_jax.compression.surgery import find_dense, matrix_shape
 from gaudi_jax.decomposition.decompose import ROUNDS
@@ -79,7 +79,7 @@ def compress(
             list are its arguments, those of a mapping its keyword arguments.
         rounds: effort of each search; time is proportional to it.
         key: random key of the searches; None for a fixed one.
-        progress: show bars with the time left on stderr.
+        progress: show bars with the time left, and the plan as a table, on stderr.
 
     Returns:
         The compressed model, which shares nothing with the input, and the plan.
@@ -100,6 +100,8 @@ def compress(
     """
     if not isinstance(model, nnx.Module):
         raise UserError(f"compress needs an NNX module, not {type(model).__name__!r}")
+    if rounds < 1:
+        raise UserError(f"rounds={rounds} must be at least 1")
     result = nnx.clone(model)
     dense, left, choices, network, total = choose_layers(
         result,
@@ -134,7 +136,10 @@ def compress(
             bar.update(weights[path])
     # The arrays that were not replaced are the input's still: training that donates its state would
     # delete them there.
-    return Compressed(nnx.clone(result, arrays=True), make_plan(entries, left))
+    plan = make_plan(entries, left)
+    if progress:
+        print(plan_table(plan), file=sys.stderr)
+    return Compressed(nnx.clone(result, arrays=True), plan)
 
 
 class Chosen(NamedTuple):
@@ -192,7 +197,7 @@ def choose_layers(
 
 def _budget_and_rules(budget: Any, rules: Any) -> tuple[float | None, list[Rule]]:
     """The network's budget, if there is one, and the rules."""
-    if isinstance(budget, int | float | np.number):
+    if isinstance(budget, int | float) or (hasattr(budget, "ndim") and budget.ndim == 0):
         if rules is None:
             return float(budget), [Rule(".*")]
         return float(budget), as_rules(rules)

@@ -53,6 +53,7 @@ class Layer:
             cap=max(n * m, uniform),
         )
 
+    @jax.default_matmul_precision("highest")
     def replace(self, cost: int, rounds: int, key: Array | None) -> dict[str, Any]:
         """Puts a structured layer in place and returns its entry in the plan.
 

@@ -204,6 +204,7 @@ def _decompose(
 def _best(kernel: Array, axes: Axes, found: Blocks) -> Blocks:
     """The one with the smallest error of several results, stacked on a first axis."""
     errors = lax.map(lambda blocks: squared_error(kernel, blocks, axes), found)
+    errors = jnp.where(jnp.isnan(errors), jnp.inf, errors)
     return jax.tree.map(lambda leaf: leaf[jnp.argmin(errors)], found)
 
 
@@ -235,7 +236,7 @@ def _check_structure(
     cell_in, cell_out = (int(cell) for cell in np.broadcast_to(granularity, 2))
     num_cells(n, cell_in)
     num_cells(m, cell_out)
-    if not 1 <= rank <= min(n, m):
+    if rank % 1 or not 1 <= rank <= min(n, m):
         raise UserError(f"rank={rank} of a {n}x{m} kernel must lie in [1, {min(n, m)}]")
     if rounds < 1:
         raise UserError(f"rounds={rounds} must be at least 1")

@@ -197,7 +197,7 @@ def orthonormalise(
     if rank == 1:
         norm = jnp.sqrt(jnp.maximum(gram, TINY))
         return fixed / norm, weighed / norm, moving * norm
-    size = jnp.trace(gram, axis1=1, axis2=2)[:, None, None] / rank
+    size = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
     lower = jnp.linalg.cholesky(gram + (JITTER * size + TINY) * jnp.eye(rank))
 
     def solve(x):

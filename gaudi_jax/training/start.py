@@ -1,7 +1,6 @@
 """How a run begins: from scratch, from another model, or from a compressed one."""
 
 import json
-import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from gaudi_jax.compression import compress, plan_table
+from gaudi_jax.compression import compress
 from gaudi_jax.compression.compress import choose_layers
 from gaudi_jax.compression.rules import Rule
 from gaudi_jax.errors import UserError
@@ -30,8 +29,6 @@ from gaudi_jax.training.setup import (
 from gaudi_jax.training.step import split_model
 from gaudi_jax.training.tasks import Task
 from gaudi_jax.training.workdir import read_config, write_atomically
-
-log = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
@@ -69,8 +66,22 @@ def check_compression(config: ConfigDict, model: nnx.Module) -> None:
     for name, least in {"calibration_batches": 0, "rounds": 1}.items():
         if options[name] < least:
             raise UserError(f"compress.{name}={options[name]} must be at least {least}")
+    if "pretrain" in config and not config.init_from:
+        _check_pretraining(config)
     chosen = _compress_options(config)
     choose_layers(model, chosen.pop("budget"), **chosen)
+
+
+def _check_pretraining(config: ConfigDict) -> None:
+    """The dense model is trained on the same data, and has the same sizes."""
+    for section in ("data", "model"):
+        for key, value in config.pretrain[section].items():
+            own = config[section][key]
+            if own != value and key not in ("dropout", "drop_path"):
+                raise UserError(
+                    f"{section}.{key} is {own!r} here and {value!r} for the dense model; set "
+                    f"--config.pretrain.{section}.{key} to the same"
+                )
 
 
 def compressed_start(model: nnx.Module, task: Task, workdir: Path) -> Start:
@@ -97,7 +108,6 @@ def compressed_start(model: nnx.Module, task: Task, workdir: Path) -> Start:
         calibration=_calibration(task) if config.compress.calibration_batches else None,
         key=jax.random.key(config.seed),
     )
-    log.info("%s", plan_table(plan))
     for split in ("validation", "test"):
         row = evaluate_model(compressed, task, split)
         results |= {f"compressed_{split}_{name}": value for name, value in row.items()}
@@ -150,6 +160,11 @@ def initialise(model: nnx.Module, source: str, config: ConfigDict) -> None:
 
 def _compress_options(config: ConfigDict) -> dict[str, Any]:
     options = config.compress
+    if not all(isinstance(rule, tuple) and len(rule) == 2 for rule in options.rules):
+        raise UserError(
+            f"compress.rules={options.rules} must hold pairs (pattern, budget), with None for the "
+            "budget of the whole network"
+        )
     return {
         "budget": options.budget,
         # A tuple in a config holds (pattern, budget) pairs; None is the network's budget.
@@ -162,9 +177,8 @@ def _compress_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def _calibration(task: Task) -> Iterator[Any]:
-    """The first training batches as the model reads them, not augmented."""
-    batches = task.evaluation_batches("train")
-    for batch in islice(batches, task.config.compress.calibration_batches):
+    """The first training batches as the model reads them: shuffled, so that all classes occur."""
+    for batch in islice(task.train_batches(), task.config.compress.calibration_batches):
         yield task.inputs({name: jnp.asarray(array) for name, array in batch.items()})
 
 
