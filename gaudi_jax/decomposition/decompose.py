@@ -70,7 +70,8 @@ def decompose(
     Pursuit finds promising blocks in the residual, exact coordinate descent refits every block and
     its windows, and a price per multiplication steers their cost onto the budget, which is never
     exceeded. The result is never worse than the truncated SVD under the same budget (with a second
-    moment: than the whitened SVD), which is taken where the search finds nothing better.
+    moment: than `svd_factors` with it, up to the ridge that both add to the moment), which is taken
+    where the search finds nothing better.
 
     Deterministic for a key. Works under `jax.jit` and `jax.vmap`; kernels of one shape may also be
     stacked on leading axes, and are then searched together.
