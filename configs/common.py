@@ -299,7 +299,9 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
     if not args["dense"]:
         with config.unlocked():
             config.pretrain = dense.copy_and_resolve_references()
-            config.pretrain.seed = config.get_ref("seed")
+            # The sections themselves: what is set for this model holds for the dense one too.
+            config.pretrain.update(seed=config.get_ref("seed"))
+            config.pretrain.data, config.pretrain.model = config.data, config.model
     config.compress.update(
         method=args["method"],
         budget=args["budget"],

@@ -113,12 +113,13 @@ def test_mistakes_are_named_before_anything_is_written(changes, message, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_the_dense_model_must_be_trained_on_the_same_data(tmp_path):
+def test_data_and_sizes_are_those_of_the_dense_model_too():
     config = finetune_config()
     config.data.crop_padding = 2
-    with pytest.raises(UserError, match=r"data.crop_padding is 2 here and 1 for the dense model"):
-        loop.train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    config.model.width = 8
+    for resolved in (config, config.copy_and_resolve_references()):
+        assert resolved.pretrain.data.crop_padding == 2
+        assert resolved.pretrain.model.width == 8
 
 
 def test_an_unknown_method_of_the_config():

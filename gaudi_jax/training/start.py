@@ -66,22 +66,8 @@ def check_compression(config: ConfigDict, model: nnx.Module) -> None:
     for name, least in {"calibration_batches": 0, "rounds": 1}.items():
         if options[name] < least:
             raise UserError(f"compress.{name}={options[name]} must be at least {least}")
-    if "pretrain" in config and not config.init_from:
-        _check_pretraining(config)
     chosen = _compress_options(config)
     choose_layers(model, chosen.pop("budget"), **chosen)
-
-
-def _check_pretraining(config: ConfigDict) -> None:
-    """The dense model is trained on the same data, and has the same sizes."""
-    for section in ("data", "model"):
-        for key, value in config.pretrain[section].items():
-            own = config[section][key]
-            if own != value and key not in ("dropout", "drop_path"):
-                raise UserError(
-                    f"{section}.{key} is {own!r} here and {value!r} for the dense model; set "
-                    f"--config.pretrain.{section}.{key} to the same"
-                )
 
 
 def compressed_start(model: nnx.Module, task: Task, workdir: Path) -> Start:
