@@ -1,16 +1,19 @@
 """Straight after compression: low-rank and Gaudi layers, plain and aware of the activations.
 
-    python benchmarks/compress.py WORKDIR [--budgets 0.125 0.25 0.5]
+    python benchmarks/compress.py WORKDIR [--study methods] [--budgets 0.125 0.25 0.5]
+    python benchmarks/compress.py WORKDIR --study alignment --budgets 0.25
 
 WORKDIR holds a trained dense run of ``main.py``. Its transformer blocks are compressed to each
-budget, without fine-tuning, and evaluated on the validation split: truncated SVD, whitened SVD,
-Gaudi layers by search, the same aware of the activations, on single features and on a grid of an
-eighth of each layer's shorter axis, and with the budget shared out over the layers.
+budget, without fine-tuning, and evaluated on the validation split. The study *methods* compares
+truncated SVD, whitened SVD, Gaudi layers by search, the same aware of the activations, on single
+features and on a grid of an eighth of the model's width, and with the budget shared out over the
+layers. The study *alignment* asks what ranks and grids cost that suit matrix units.
 """
 
 import argparse
 import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,26 @@ from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
 
-#: Options of `gaudi_jax.compress`, whether it is calibrated, and cells of the shorter axis.
-METHODS: dict[str, tuple[dict[str, Any], bool, int | None]] = {
-    "SVD": ({"method": "low_rank"}, False, None),
-    "whitened SVD": ({"method": "low_rank"}, True, None),
-    "Gaudi": ({}, False, None),
-    "Gaudi, aware": ({}, True, None),
-    "Gaudi, aware, grid 1/8": ({}, True, 8),
-    "whitened SVD, global": ({"method": "low_rank", "allocation": "global"}, True, None),
-    "Gaudi, aware, global": ({"allocation": "global"}, True, None),
-}
+#: Options of `gaudi_jax.compress`, and whether it is calibrated.
+Variants = Mapping[str, tuple[dict[str, Any], bool]]
+RANKS, GRIDS = (1, 8, 32), (1, 16, 64)
+
+
+def variants(study: str, width: int) -> Variants:
+    if study == "alignment":
+        return {
+            f"rank {rank}, grid {grid}": ({"rank": rank, "granularity": grid}, True)
+            for rank, grid in itertools.product(RANKS, GRIDS)
+        }
+    return {
+        "SVD": ({"method": "low_rank"}, False),
+        "whitened SVD": ({"method": "low_rank"}, True),
+        "Gaudi": ({}, False),
+        "Gaudi, aware": ({}, True),
+        "Gaudi, aware, grid 1/8": ({"granularity": width // 8}, True),
+        "whitened SVD, global": ({"method": "low_rank", "allocation": "global"}, True),
+        "Gaudi, aware, global": ({"allocation": "global"}, True),
+    }
 
 
 def calibration(task: Task, batches: int) -> list[jax.Array]:
@@ -45,6 +58,7 @@ def calibration(task: Task, batches: int) -> list[jax.Array]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
+    parser.add_argument("--study", choices=["methods", "alignment"], default="methods")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.125, 0.25, 0.5])
     parser.add_argument("--batches", type=int, default=16, help="of training examples")
     args = parser.parse_args()
@@ -54,28 +68,29 @@ def main() -> None:
     dense = evaluate_model(model, task, "validation")
     print(f"{task.describe()}; dense: " + ", ".join(f"{k} {v:.4f}" for k, v in dense.items()))
     rows = []
-    for budget, (name, choice) in itertools.product(args.budgets, METHODS.items()):
-        options, calibrated, cells = choice
+    tried = variants(args.study, model.config.width)
+    for budget, (name, (options, calibrated)) in itertools.product(args.budgets, tried.items()):
         start = time.perf_counter()
         compressed, plan = gaudi_jax.compress(
             model,
             budget,
             rules=[gaudi_jax.Rule("blocks/.*")],
-            granularity=1 if cells is None else model.config.width // cells,
             calibration=inputs if calibrated else None,
             progress=False,
             **options,
         )
         seconds = time.perf_counter() - start
         results = evaluate_model(compressed, task, "validation")
-        error = "activation_error" if calibrated else "error"
-        mean = np.mean([entry[error] for entry in plan["layers"].values()])
+        means = [
+            np.mean([entry[error] for entry in plan["layers"].values()]) if known else None
+            for error, known in (("error", True), ("activation_error", calibrated))
+        ]
         cost = plan["multiplications"] / plan["dense_multiplications"]
-        rows.append((budget, name, *results.values(), mean, cost, seconds))
+        rows.append((budget, name, *results.values(), *means, cost, seconds))
         print(
             *(f"{cell:.4f}" if isinstance(cell, float) else cell for cell in rows[-1]), flush=True
         )
-    headers = ("budget", "layers", *dense, "mean error", "cost", "seconds")
+    headers = ("budget", "layers", *dense, "error", "on activations", "cost", "seconds")
     print(tabulate(rows, headers, tablefmt="github", floatfmt=".3f"))
 
 

@@ -207,6 +207,10 @@ def test_a_plan_of_another_model_is_one_sentence(encoder, compressed):
         gaudi_jax.rebuild(encoder, {})
     with pytest.raises(UserError, match="plan of format 7"):
         plan_table(plan | {"format": 7})
+    with pytest.raises(UserError, match="the plan lacks left"):
+        plan_table({key: value for key, value in plan.items() if key != "left"})
+    with pytest.raises(UserError, match="layer 'a' lacks method, "):
+        gaudi_jax.rebuild(encoder, plan | {"layers": {"a": {"in_features": 3}}})
 
 
 def test_the_table_names_layers_totals_and_what_is_left(compressed):

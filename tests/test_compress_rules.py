@@ -72,6 +72,8 @@ def test_rules_may_stand_in_place_of_the_budget():
         ({"pattern": "a", "method": "svd"}, "unknown method 'svd'"),
         ({"pattern": "a", "budget": 0}, "budget=0 must be a positive fraction"),
         ({"pattern": "a", "budget": float("nan")}, "budget=nan must be"),
+        ({"pattern": "a", "budget": "half"}, "budget='half' of a rule must be numbers"),
+        ({"pattern": "a", "granularity": ("1", 2)}, "granularity=.* must be numbers"),
         ({"pattern": "a", "rank": 0}, "rank=0 must be"),
         ({"pattern": "a", "granularity": (1, 2, 3)}, "granularity=.* must be"),
         ({"pattern": "a", "granularity": 1.5}, "granularity=1.5 must be"),

@@ -1,6 +1,9 @@
 """Runs that start from a compressed model, and Adam's moments across the change of structure."""
 
 import json
+import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,9 @@ from gaudi_jax.report import summary_table, write_report
 from gaudi_jax.training import loop
 from gaudi_jax.training.moments import Moments, carry_moments, read_moments, with_moments
 from gaudi_jax.training.optim import gaudi_adamw
+from gaudi_jax.training.setup import pretrained_model
 from gaudi_jax.training.step import split_model
+from gaudi_jax.training.tasks import open_task
 from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
 
 
@@ -82,6 +87,17 @@ def test_resuming_equals_never_stopping(finished, tmp_path, monkeypatch, step):
     assert resumed == rows_without_time(finished)
 
 
+def test_a_kill_between_compression_and_the_first_checkpoint(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "dense", tmp_path / "dense")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "with_moments", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(finetune_config(), tmp_path)
+    assert (tmp_path / "plan.json").exists()
+    assert loop.train(finetune_config(), tmp_path)
+    assert_same(parameters(tmp_path), parameters(finished))
+
+
 def test_starting_from_another_run(finished, tmp_path):
     dense = str(finished / "dense")
     assert loop.train(finetune_config(dense), tmp_path / "gaudi")
@@ -120,6 +136,19 @@ def test_data_and_sizes_are_those_of_the_dense_model_too():
     for resolved in (config, config.copy_and_resolve_references()):
         assert resolved.pretrain.data.crop_padding == 2
         assert resolved.pretrain.model.width == 8
+
+
+def test_pixels_unlike_those_of_the_pretrained_model_are_named(tmp_path, caplog):
+    shutil.copytree(Path(__file__).parent / "data/golden/hf_vit_tiny", tmp_path / "hf")
+    theirs = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(theirs))
+    config = tiny_config("smoke,layer=dense")
+    config.data.name = "generated:5x8x3"
+    config.model.update(width=12, depth=2, heads=3, mlp_ratio=20 / 12, norm_epsilon=0.01)
+    config.model.update(patch_size=2, pool="class")
+    pretrained_model(open_task(config).config, str(tmp_path / "hf"))
+    assert "data.mean=(0.5,), but the pixels of" in caplog.text
+    assert "data.std" not in caplog.text
 
 
 def test_an_unknown_method_of_the_config():

@@ -128,10 +128,10 @@ def test_half_precision_files_fill_parameters_of_the_wanted_dtype(tmp_path, dtyp
     assert 0 < np.abs(logits - LOGITS).max() < 0.02
 
 
-def test_a_bare_model_needs_a_number_of_classes_and_gets_a_new_head(tmp_path):
+def test_a_bare_model_gets_a_new_head_and_the_log_says_so(tmp_path, caplog):
     folder(tmp_path, bare(tensors()), architectures=["ViTModel"], id2label=None)
-    with pytest.raises(UserError, match="holds no classification head; give num_classes"):
-        ViT.from_pretrained(tmp_path)
+    assert ViT.from_pretrained(tmp_path)(IMAGES).shape == (3, 2)  # the default of transformers
+    assert "no head of 2 classes; the model gets a new, untrained one" in caplog.text
     model = ViT.from_pretrained(tmp_path, num_classes=2, rngs=nnx.Rngs(3))
     assert model(IMAGES).shape == (3, 2)
     assert np.ptp(model.head.kernel[...]) > 0

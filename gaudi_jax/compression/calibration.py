@@ -1,6 +1,7 @@
 """Second moments of the layers' inputs, accumulated over batches of real data."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -105,7 +106,7 @@ def calibrate(
         module.moments = _Recorded(Moments.empty(matrix_shape(module)[0]))
     graphdef, moments, rest = cast(Any, nnx.split(model, _Recorded, ...))
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=0)
     def step(moments, rest, args, kwargs):
         model = nnx.merge(graphdef, moments, rest)
         model(*args, **kwargs)

@@ -17,7 +17,7 @@ from gaudi_jax.compression.layer import Layer
 from gaudi_jax.compression.plan import Plan, make_plan, plan_table
 from gaudi_jax.compression.rules import Choice, Method, Rule, as_rules, choose
 from gaudi_jax.compression.surgery import find_dense, matrix_shape
-from gaudi_jax.decomposition.decompose import ROUNDS
+from gaudi_jax.decomposition.decompose import ROUNDS, affordable
 from gaudi_jax.errors import UserError
 
 Allocation = Literal["uniform", "global"]
@@ -238,7 +238,7 @@ def _total(
         n, m = shapes[path]
         budget = network if choice.budget is None else choice.budget
         least = choice.least((n, m))
-        if path not in spread and math.floor(cast(float, budget) * n * m) < least:
+        if path not in spread and affordable(cast(float, budget), n * m) < least:
             raise UserError(
                 f"budget={budget} of layer {path!r} is less than {least / (n * m):.4g}, the least "
                 f"that a {n}x{m} layer can be made with; give it a larger one, or a rule with "
@@ -246,7 +246,7 @@ def _total(
             )
     if not spread:
         return None
-    total = sum(math.floor(cast(float, network) * math.prod(shapes[path])) for path in spread)
+    total = sum(affordable(cast(float, network), math.prod(shapes[path])) for path in spread)
     least = sum(choices[path].least(shapes[path]) for path in spread)
     if total < least:
         dense = sum(math.prod(shapes[path]) for path in spread)
@@ -260,7 +260,7 @@ def _total(
 def _costs(layers: Mapping[str, Layer], network: float | None, total: int | None) -> dict[str, int]:
     """Multiplications that each layer may cost."""
     costs = {
-        path: math.floor(budget * math.prod(layer.shape))
+        path: affordable(budget, math.prod(layer.shape))
         for path, layer in layers.items()
         if (budget := network if layer.choice.budget is None else layer.choice.budget) is not None
     }

@@ -55,7 +55,7 @@ class Layer:
 
     @jax.default_matmul_precision("highest")
     def replace(self, cost: int, rounds: int, key: Array | None) -> dict[str, Any]:
-        """Puts a structured layer in place and returns its entry in the plan.
+        """Puts a structured layer in place, lets go of the moments, and returns the plan's entry.
 
         Args:
             cost: multiplications that it may cost.
@@ -85,6 +85,7 @@ class Layer:
         layer = structure(self.module, entry)
         fill(layer, values, self.module)
         install(layer, self.module)
+        self._moments = None
         return entry
 
     def _gaudi(self, kernel, moment, cost, rounds, key) -> Candidate:

@@ -17,6 +17,12 @@ FORMAT = 1
 
 Plan = dict[str, Any]
 
+PLAN_KEYS = ("layers", "left", "multiplications", "dense_multiplications")
+ENTRY_KEYS = (
+    *("method", "in_features", "out_features", "rank", "num_blocks", "granularity", "use_bias"),
+    *("error", "activation_error", "multiplications", "dense_multiplications"),
+)
+
 
 def make_plan(layers: Mapping[str, Mapping[str, Any]], left: Mapping[str, str]) -> Plan:
     """A plan of its layers' entries, with totals.
@@ -85,7 +91,8 @@ def plan_table(plan: Mapping[str, Any]) -> str:
     Example:
         >>> from gaudi_jax.compression import plan_table
         >>> from gaudi_jax.compression.plan import make_plan
-        >>> entry = {"method": "gaudi", "in_features": 8, "out_features": [2, 4], "error": 0.1,
+        >>> entry = {"method": "gaudi", "in_features": 8, "out_features": [2, 4], "rank": 1,
+        ...          "num_blocks": 1, "granularity": [1, 1], "use_bias": True, "error": 0.1,
         ...          "activation_error": None, "multiplications": 16, "dense_multiplications": 64}
         >>> print(plan_table(make_plan({"query": entry}, {"conv": "a Conv is not replaced"})))
         layer    method    in→out      error    on activations    multiplications    relative
@@ -132,6 +139,15 @@ def check_format(plan: Any) -> None:
             f"plan of format {found!r} cannot be read, only format {FORMAT}; give the plan that "
             "gaudi_jax.compress returned"
         )
+    parts = {"the plan": (plan, PLAN_KEYS)}
+    if isinstance(plan.get("layers"), Mapping):
+        parts |= {f"layer {path!r}": (entry, ENTRY_KEYS) for path, entry in plan["layers"].items()}
+    for name, (part, keys) in parts.items():
+        missing = [key for key in keys if not isinstance(part, Mapping) or key not in part]
+        if missing:
+            raise UserError(
+                f"{name} lacks {', '.join(missing)}; give the plan that gaudi_jax.compress returned"
+            )
 
 
 def _check_model(plan: Mapping[str, Any], dense: Mapping[str, Any], left: Mapping[str, str]):

@@ -117,7 +117,8 @@ def decompose(
             )
     run = functools.partial(_decompose, rank=rank, cell=cell)
     key = jax.random.key(0) if key is None else key
-    steer = jnp.float32(math.floor(budget * n * m)), jnp.int32(rounds), key
+    goal = min(affordable(budget, n * m), jnp.iinfo(jnp.int32).max)
+    steer = jnp.int32(goal), jnp.int32(rounds), key
     if second_moment is None:
         one = lambda kernel: run(kernel, None, *steer)  # noqa: E731
         for _ in batch:
@@ -127,6 +128,17 @@ def decompose(
     for _ in batch:
         both = jax.vmap(both)
     return both(kernel, second_moment)
+
+
+def affordable(budget: float, dense: int) -> int:
+    """Whole multiplications under a fraction of the dense ones.
+
+    Example:
+        >>> from gaudi_jax.decomposition.decompose import affordable
+        >>> 0.29 * 100 < 29, affordable(0.29, 100)
+        (True, 29)
+    """
+    return math.floor(budget * dense * (1 + 1e-12))
 
 
 def relative_error(
@@ -171,7 +183,7 @@ def _decompose(
 ) -> Factors:
     # Accelerators would multiply in fewer bits, and small differences of large numbers matter.
     with jax.default_matmul_precision("highest"):
-        kernel = kernel.astype(jnp.float32)
+        kernel, scale = _scaled(kernel.astype(jnp.float32), jnp.abs(kernel).max())
         n, m = kernel.shape
         plain = PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1])
         axes = Axes(*plain)
@@ -186,7 +198,8 @@ def _decompose(
             return _best(kernel, axes, lax.map(at_pace, jnp.array(paces)))
 
         if second_moment is not None:
-            moment = regularise(second_moment.astype(jnp.float32))
+            moment, _ = _scaled(second_moment.astype(jnp.float32), jnp.trace(second_moment) / n)
+            moment = regularise(moment)
             weighted: Axis = WeightedAxis.of(moment, n // cell[0])
             if n > LARGE_AXIS:
                 begin = best_of_paces(axes, begin, rounds)
@@ -199,7 +212,7 @@ def _decompose(
             # start for kernels without local structure.
             found.append(search(kernel, goal, key, axes, svd, (rounds + 1) // 2, QUICK))
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-        return _factors(_best(kernel, axes, stacked), axes)
+        return _factors(_best(kernel, axes, stacked), axes, scale)
 
 
 def _best(kernel: Array, axes: Axes, found: Blocks) -> Blocks:
@@ -209,13 +222,22 @@ def _best(kernel: Array, axes: Axes, found: Blocks) -> Blocks:
     return jax.tree.map(lambda leaf: leaf[jnp.argmin(errors)], found)
 
 
-def _factors(blocks: Blocks, axes: Axes) -> Factors:
-    """The blocks with factors of equal norms, and intervals as fractions."""
+def _scaled(matrix: Array, size: Array) -> tuple[Array, Array]:
+    """The matrix over the power of two next to its size, and the latter: squares stay finite."""
+    scale = jnp.ldexp(jnp.float32(1), jnp.frexp(size.astype(jnp.float32))[1] - 1)
+    scale = jnp.where(size > 0, scale, 1)
+    return matrix / scale, scale
+
+
+def _factors(blocks: Blocks, axes: Axes, scale: Array) -> Factors:
+    """The blocks times a scale, with factors of equal norms, and intervals as fractions."""
     blocks = blocks.live_first()
     norms = [jnp.sqrt(jnp.square(x).sum((1, 2), keepdims=True)) for x in (blocks.v, blocks.u)]
     ratio = jnp.sqrt(jnp.maximum(norms[1], 1e-30) / jnp.maximum(norms[0], 1e-30))
     cells = jnp.array([axis.cells for axis in axes], jnp.float32)[:, None]
-    return Factors(blocks.v * ratio, blocks.u / ratio, blocks.length / cells, blocks.start / cells)
+    root = jnp.sqrt(scale)
+    v, u = root * ratio * blocks.v, root / ratio * blocks.u
+    return Factors(v, u, blocks.length / cells, blocks.start / cells)
 
 
 def _check_matrices(name: str, matrices: Array) -> tuple[int, ...]:
@@ -241,10 +263,10 @@ def _check_structure(
         raise UserError(f"rank={rank} of a {n}x{m} kernel must lie in [1, {min(n, m)}]")
     if rounds < 1:
         raise UserError(f"rounds={rounds} must be at least 1")
-    least = min(rank * (cell_in + cell_out), cell_in * cell_out) / (n * m)
-    if not least <= budget < math.inf:
+    least = min(rank * (cell_in + cell_out), cell_in * cell_out)
+    if not 0 < budget < math.inf or affordable(budget, n * m) < least:
         raise UserError(
-            f"budget={budget} of a {n}x{m} kernel is not at least {least:.4g}, one block of rank "
-            f"{rank} and of one cell a side; give a larger fraction of in·out"
+            f"budget={budget} of a {n}x{m} kernel is not at least {least / (n * m):.4g}, one block "
+            f"of rank {rank} and of one cell a side; give a larger fraction of in·out"
         )
     return cell_in, cell_out

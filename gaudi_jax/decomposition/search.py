@@ -31,7 +31,7 @@ BISECTIONS = 30
 
 def search(
     kernel: Float[Array, "in out"],
-    budget: Float[Array, ""],
+    budget: Int[Array, ""],
     key: Array,
     axes: Axes,
     begin: Blocks,
@@ -79,13 +79,13 @@ def search(
 
 
 def svd_blocks(
-    kernel: Float[Array, "in out"], budget: Float[Array, ""], axes: Axes, rank: int
+    kernel: Float[Array, "in out"], budget: Int[Array, ""], axes: Axes, rank: int
 ) -> Blocks:
     """The truncated (with a weighted axis, whitened) SVD under the budget, in full-width blocks."""
     n, m = kernel.shape
     slots = min(n, m) // rank
     left, right = svd_factors(kernel, slots * rank, second_moment=_second_moment(axes))
-    affordable = (budget / (n + m)).astype(jnp.int32)
+    affordable = budget // (n + m)
     kept = (jnp.arange(slots * rank) < affordable // rank * rank).reshape(slots, rank, 1)
     cells = jnp.array([axes.input.cells, axes.output.cells])[:, None]
     return Blocks(
@@ -117,7 +117,7 @@ def _cold_price(kernel: Array, budget: Array, axes: Axes) -> Array:
     _, right = svd_factors(kernel, min(n, m), second_moment=_second_moment(axes))
     # Both factors hold the root of the singular value; the right one is never weighed.
     energies = jnp.square(right).sum(axis=1) ** 2
-    index = jnp.clip((budget / (n + m)).astype(jnp.int32), 0, min(n, m) - 1)
+    index = jnp.clip(budget // (n + m), 0, min(n, m) - 1)
     # A kernel of lower rank than the budget affords has no such component.
     return FIRST_PRICE * jnp.maximum(energies[index], 1e-12 * energies[0]) / (n + m)
 
@@ -145,7 +145,8 @@ def _land(kernel: Float[Array, "in out"], budget: Array, blocks: Blocks, axes: A
     refits = jnp.array([refits for _, refits in STAGES])
 
     def stage(i, blocks):
-        blocks = _trim(blocks, budget + shares[i] * excess, axes).live_first()
+        goal = budget + (shares[i] * excess).astype(jnp.int32)
+        blocks = _trim(blocks, goal, axes).live_first()
         count = blocks.live.sum()
 
         def refit(_, carry):

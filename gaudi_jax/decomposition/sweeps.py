@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gaudi_jax.decomposition.axes import Axis
+from gaudi_jax.masks import interval_multiplications
 
 #: Columns that share one matrix product; inside such a chunk blocks follow one another.
 CHUNK = 32
@@ -64,11 +65,10 @@ class Axes(NamedTuple):
     input: Axis
     output: Axis
 
-    def multiplications(self, length: Int[Array, "2 S"], rank: int) -> Float[Array, ""]:
-        """What blocks of these lengths cost: min(rank (a + b), a b) each."""
-        a = length[0].astype(jnp.float32) * self.input.cell
-        b = length[1].astype(jnp.float32) * self.output.cell
-        return jnp.minimum(rank * (a + b), a * b).sum()
+    def multiplications(self, length: Int[Array, "2 S"], rank: int) -> Int[Array, ""]:
+        """What blocks of these lengths cost together."""
+        a, b = length[0] * self.input.cell, length[1] * self.output.cell
+        return interval_multiplications(a, b, rank).sum()
 
 
 def sweep(

@@ -73,6 +73,20 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def normalization(preprocessor: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Mean and standard deviation by which pixels in [0, 1] are normalised before the model.
+
+    Args:
+        preprocessor: contents of the folder's preprocessor_config.json.
+
+    Example:
+        >>> from gaudi_jax.models.hf_vit import normalization
+        >>> normalization({"image_mean": [0.4, 0.4, 0.3]})
+        {'mean': [0.4, 0.4, 0.3], 'std': [0.5, 0.5, 0.5]}
+    """
+    return {name: preprocessor.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std")}
+
+
 def table(sizes: Mapping[str, Any], *, image_size: int) -> Table:
     """The table of `pretrained.fill` for our ViT.
 

@@ -72,8 +72,8 @@ def resolve_folder(name: str | Path) -> Path:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of the folder's config.json.
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The contents of one of the folder's json files.
 
     Raises:
         UserError: the file is missing or is not a JSON object.
@@ -83,7 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         >>> read_config(folder)["model_type"]  # doctest: +SKIP
         'vit'
     """
-    return _read_json(folder / "config.json")
+    return _read_json(folder / name)
 
 
 def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:

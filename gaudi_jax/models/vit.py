@@ -1,6 +1,7 @@
 """Vision Transformer (Dosovitskiy et al., ICLR 2021, arXiv:2010.11929) as an NNX module."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,8 @@ from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import LinearFactory
 from gaudi_jax.models import hf_vit
 from gaudi_jax.models.pretrained import fill, read_config, read_tensors, resolve_folder
+
+log = logging.getLogger(__name__)
 
 #: name: (image size, patch size, width, depth, heads)
 PRESETS = {
@@ -199,8 +202,8 @@ class ViT(nnx.Module):
         Args:
             name: a directory, or an id on the Hugging Face hub.
             image_size: of the model; None for the file's.
-            num_classes: of the model; None for the file's. If the file has another number, or no
-                head, the model gets a new one.
+            num_classes: of the model; None for that of config.json. If the file has another number,
+                or no head, the model gets a new one, and the log says so.
             dtype: of the computation; None computes in the parameters' dtype.
             param_dtype: of the parameters, whatever the file's.
             dropout: see `ViTConfig`; the rates in the file are not used.
@@ -209,7 +212,7 @@ class ViT(nnx.Module):
 
         Raises:
             UserError: the folder cannot be found or read, is no ViT that this model can represent,
-                has no head where num_classes is not given, or its tensors do not fit.
+                or its tensors do not fit.
 
         Example:
             >>> from gaudi_jax.models import ViT
@@ -222,10 +225,6 @@ class ViT(nnx.Module):
         sizes = hf_vit.sizes(source)
         tensors = read_tensors(folder)
         has_head = "classifier.weight" in tensors
-        if num_classes is None and not has_head:
-            raise UserError(
-                f"{folder} holds no classification head; give num_classes for a new one"
-            )
         new_head = not has_head or num_classes not in (None, sizes["num_classes"])
 
         changes = {"image_size": image_size, "num_classes": num_classes}
@@ -240,6 +239,11 @@ class ViT(nnx.Module):
         model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
         # What the file lacks becomes an array here, which `fill` leaves alone.
         if new_head:
+            log.warning(
+                "%s holds no head of %d classes; the model gets a new, untrained one",
+                folder,
+                config.num_classes,
+            )
             model.head = _head(config, rngs=nnx.Rngs(0) if rngs is None else rngs)
         if not source.get("qkv_bias", True):
             for block in model.blocks:

@@ -1,17 +1,20 @@
 """From a config to the objects of a run: model, schedules, optimizer."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import linear_factory
-from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
+from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig, hf_vit
+from gaudi_jax.models.pretrained import read_config, resolve_folder
 from gaudi_jax.training import controllers
 from gaudi_jax.training.optim import gaudi_adamw
 from gaudi_jax.training.schedules import (
@@ -20,6 +23,8 @@ from gaudi_jax.training.schedules import (
     warmup_cosine,
     warmup_linear,
 )
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DECAYS = {"cosine": warmup_cosine, "linear": warmup_linear}
@@ -89,9 +94,21 @@ class _Family(NamedTuple):
 
 
 def _pretrained_vit(config: ConfigDict, source: str) -> ViT:
+    folder = resolve_folder(source)
+    if (folder / "preprocessor_config.json").exists():
+        theirs = hf_vit.normalization(read_config(folder, "preprocessor_config.json"))
+        for name, value in theirs.items():
+            if not np.allclose(config.data[name], value):
+                log.warning(
+                    "data.%s=%s, but the pixels of %s had %s",
+                    name,
+                    config.data[name],
+                    source,
+                    value,
+                )
     # The head is drawn anew where the number of classes differs.
     return ViT.from_pretrained(
-        source,
+        folder,
         image_size=config.model.image_size,
         num_classes=config.model.num_classes,
         rngs=nnx.Rngs(config.seed),
