@@ -139,7 +139,7 @@ def check_format(plan: Any) -> None:
             f"plan of format {found!r} cannot be read, only format {FORMAT}; give the plan that "
             "gaudi_jax.compress returned"
         )
-    parts = {"the plan": (plan, PLAN_KEYS)}
+    parts: dict[str, tuple[Any, tuple[str, ...]]] = {"the plan": (plan, PLAN_KEYS)}
     if isinstance(plan.get("layers"), Mapping):
         parts |= {f"layer {path!r}": (entry, ENTRY_KEYS) for path, entry in plan["layers"].items()}
     for name, (part, keys) in parts.items():

@@ -56,13 +56,11 @@ class Rule:
             raise UserError(
                 f"rule pattern {self.pattern!r} is no regular expression ({error}); mend it"
             ) from None
-        for name, numbers in {
-            "budget": [self.budget],
-            "rank": [self.rank],
-            "granularity": np.ravel(np.asarray(self.granularity, object)),
-        }.items():
+        for name in ("budget", "rank", "granularity"):
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple | list) else [value]
             if any(isinstance(n, bool) or not isinstance(n, Real | None) for n in numbers):
-                raise UserError(f"{name}={getattr(self, name)!r} of a rule must be numbers")
+                raise UserError(f"{name}={value!r} of a rule must be numbers")
         if self.method is not None and self.method not in get_args(Method):
             raise UserError(
                 f"unknown method {self.method!r}; use {', '.join(get_args(Method)[:-1])} or skip"
