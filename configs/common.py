@@ -108,9 +108,10 @@ def base_config() -> ConfigDict:
     config.layer = ConfigDict({"attention": {"name": "dense"}, "mlp": {"name": "dense"}})
     config.compress = ConfigDict(
         {
-            "method": "none",  # gaudi, low_rank or best: compresses the model of init_from first
-            "rules": (("blocks/.*", None),),  # (pattern of paths, its budget; None for the next)
-            "budget": 0.25,  # multiplications over dense, of all layers that the rules match
+            "method": "none",  # gaudi, low_rank or best: compresses the dense layers
+            # (after this share of the steps, multiplications over dense of the layers that match)
+            "stages": ((0.0, 0.25),),
+            "rules": (("blocks/.*", None),),  # (pattern of paths, budget; None for the stage's)
             "allocation": "global",  # or uniform
             "rank": 1,
             "granularity": 1,
@@ -304,7 +305,7 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
             config.pretrain.data, config.pretrain.model = config.data, config.model
     config.compress.update(
         method=args["method"],
-        budget=args["budget"],
+        stages=((0.0, args["budget"]),),
         granularity=args["granularity"],
         calibration_batches=16,
     )

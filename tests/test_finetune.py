@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
 
 def test_the_summary_tells_all_three_accuracies(finished):
     summary = write_report(finished)
-    plan = json.loads((finished / "plan.json").read_text())
+    plan = json.loads((finished / "plan-0.json").read_text())
     assert plan["multiplications"] <= 0.5 * plan["dense_multiplications"]
     assert summary["steps"] == 6
     dense = write_report(finished / "dense")
@@ -78,9 +78,9 @@ def test_resuming_equals_never_stopping(finished, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step)
         assert not loop.train(finetune_config(), tmp_path)  # stops in the dense phase
-        assert not (tmp_path / "plan.json").exists()
+        assert not (tmp_path / "plan-0.json").exists()
         assert not loop.train(finetune_config(), tmp_path)  # and in the structured one
-    assert (tmp_path / "plan.json").exists()
+    assert (tmp_path / "plan-0.json").exists()
     assert loop.train(finetune_config(), tmp_path)
     assert_same(parameters(tmp_path), parameters(finished))
     resumed = [row for row in rows_without_time(tmp_path) if "resumed_from" not in row]
@@ -93,7 +93,7 @@ def test_a_kill_between_compression_and_the_first_checkpoint(finished, tmp_path,
         patch.setattr(loop, "with_moments", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             loop.train(finetune_config(), tmp_path)
-    assert (tmp_path / "plan.json").exists()
+    assert (tmp_path / "plan-0.json").exists()
     assert loop.train(finetune_config(), tmp_path)
     assert_same(parameters(tmp_path), parameters(finished))
 
@@ -110,7 +110,11 @@ def test_starting_from_another_run(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": 1e-4}, "budget=0.0001"),
+        ({"stages": ((0.0, 1e-4),)}, "budget=0.0001"),
+        ({"stages": ()}, r"stages=\(\) must hold pairs"),
+        ({"stages": (0.5, 0.25)}, "must hold pairs"),
+        ({"stages": ((0.5, 0.5), (0.2, 0.5))}, "must begin at rising shares"),
+        ({"stages": ((1.0, 0.5),)}, "must begin at rising shares"),
         ({"rounds": 0}, "compress.rounds=0"),
         ({"calibration_batches": -1}, "calibration_batches=-1"),
         ({"method": "magic"}, "unknown method 'magic'"),

@@ -144,8 +144,15 @@ def install(layer: StructuredLinear, module: Any) -> None:
     new: nnx.Module = layer
     if isinstance(module, nnx.LinearGeneral):
         new = GeneralLinear(layer, *features(module), module.axis)
-    # The object keeps its identity, so that every holder of it sees the new layer: attributes,
-    # lists, tuples, cycles. Replacing it path by path would need all of its paths.
+    become(module, new)
+
+
+def become(module: nnx.Module, new: nnx.Module) -> None:
+    """Turns a module into another one, wherever in the model it is held.
+
+    The object keeps its identity, so that every holder of it sees the new layer: attributes, lists,
+    tuples, cycles. Replacing it path by path would need all of its paths.
+    """
     object.__setattr__(module, "__class__", type(new))
     vars(module).clear()
     vars(module).update(vars(new))

@@ -65,7 +65,7 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
         **{f"validation_{name}": value for name, value in validation.items()},
         # What a language model is judged by, under its short name too.
         **{name: value for name, value in hard.items() if name == "perplexity"},
-        **_before_training(rows),
+        **_before_and_after_compression(rows),
         **task.remarks(model),
         "relative_multiplications": costs.relative,
         "total_relative_multiplications": costs.total_relative,
@@ -89,10 +89,16 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
     return summary
 
 
-def _before_training(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What was measured before the first step: of the dense model, and of the compressed one."""
-    first = next((row for row in rows if row.get("step") == 0), {})
-    return {name: value for name, value in first.items() if name != "step"}
+def _before_and_after_compression(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What was measured where phases meet: of the dense model, and of the last compressed one."""
+    names = ("dense_", "compressed_")
+    return {
+        name: value
+        for row in rows
+        if "phase" in row
+        for name, value in row.items()
+        if name.startswith(names)
+    }
 
 
 def _soft(model: nnx.Module) -> bool:

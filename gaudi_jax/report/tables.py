@@ -58,14 +58,22 @@ def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Test accuracy, soft masks", _percent(get("test_accuracy_soft"), 2)),
         ("Test accuracy, hard masks", _percent(get("test_accuracy_hard"), 2)),
         ("Validation accuracy", _percent(get("validation_accuracy"), 2)),
-        ("Dense model, test accuracy", _percent(get("dense_test_accuracy"), 2)),
-        ("Compressed, before training", _percent(get("compressed_test_accuracy"), 2)),
+        *(
+            (f"{label}, {split} accuracy", _percent(get(f"{name}_{split}_accuracy"), 2))
+            for name, label, split in _compression(summary)
+        ),
         *_text_results(summary),
         ("Multiplications", _count(get("multiplications"))),
         ("Multiplications if dense", _count(get("dense_multiplications"))),
         ("Relative multiplications", _percent(get("relative_multiplications"), 1)),
         ("Parameters", _count(get("parameters"))),
     ]
+
+
+def _compression(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Names and labels of what was measured before and after compression, and on which split."""
+    split = "test" if "dense_test_loss" in summary else "validation"
+    return [("dense", "Dense model", split), ("compressed", "Compressed, before training", split)]
 
 
 def _text_results(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -76,8 +84,10 @@ def _text_results(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Test, soft masks", "test_{}_soft"),
         ("Test, hard masks", "test_{}_hard"),
         ("Validation", "validation_{}"),
-        ("Dense model, test", "dense_test_{}"),
-        ("Compressed, before training", "compressed_test_{}"),
+        *(
+            (f"{label}, {split}", f"{name}_{split}_{{}}")
+            for name, label, split in _compression(summary)
+        ),
     ]
     names = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits a byte"}
     names["word_perplexity"] = "word perplexity"

@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ class Checkpointer:
 
     def restore(
         self,
-        abstract_state: Mapping[str, Any],
+        abstract_state: Mapping[str, Any] | Callable[[int], Mapping[str, Any]],
         iterator: grain.DatasetIterator | None = None,
         *,
         step: int | str | None = None,
@@ -159,7 +159,7 @@ class Checkpointer:
         Args:
             abstract_state: the wanted parts by name, each a pytree of `jax.ShapeDtypeStruct`, whose
                 shardings the arrays get; without one, the first device. What was saved on some
-                devices may be restored on others.
+                devices may be restored on others. A function gives them for a checkpoint's step.
             iterator: data iterator that is set to where it was.
             step: which one; "best" for the one with the highest score; None for the newest that is
                 not damaged. A damaged one is named in a warning and passed over (and renamed
@@ -183,7 +183,8 @@ class Checkpointer:
         damaged: list[int] = []
         for candidate in reversed(steps):
             try:
-                state, iterator_state = self._read(candidate, abstract_state)
+                wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
+                state, iterator_state = self._read(candidate, wanted)
             except UserError:
                 raise
             # Orbax and tensorstore raise many kinds of errors for missing or damaged files.

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from gaudi_jax.compression.densify import densify
 from gaudi_jax.compression.plan import check_format, rebuild
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.checkpoint import Checkpointer
+from gaudi_jax.training.phases import Phase, phase_of
 from gaudi_jax.training.setup import build_model
 from gaudi_jax.training.step import split_model
 from gaudi_jax.training.workdir import read_config, write_atomically
@@ -50,21 +52,40 @@ def load_with_step(
     workdir = Path(workdir)
     if into is None:
         config = ConfigDict(read_config(workdir))
-        abstract: nnx.Module = nnx.eval_shape(lambda: build_model(config))
-        if (workdir / PLAN_FILE).exists():
-            abstract = rebuild(abstract, read_plan(workdir))
+
+        def structure(step: int) -> nnx.Module:
+            return abstract_model(config, phase_of(config, step), workdir)
     else:
-        abstract = rebuild(into, read_plan(workdir))
-    graphdef, *parts = split_model(abstract)
-    wanted = dict(zip(("params", "other"), parts, strict=True))
+        saved = rebuild(into, read_plan(workdir / PLAN_FILE))
+
+        def structure(step: int) -> nnx.Module:
+            return saved
+
+    def wanted(step: int) -> dict[str, Any]:
+        _, params, other = split_model(structure(step))
+        return {"params": params, "other": other}
+
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(jax.tree.map(_abstract, wanted), step=step)
+        restored = checkpoints.restore(lambda s: jax.tree.map(_abstract, wanted(s)), step=step)
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint; train it first")
-    state = jax.tree.map(_as_keys, wanted, restored.state)
+    state = jax.tree.map(_as_keys, wanted(restored.step), restored.state)
+    graphdef = nnx.graphdef(structure(restored.step))
     model = nnx.merge(graphdef, state["params"], state["other"])
     model.eval()
     return model, restored.step
+
+
+def abstract_model(config: ConfigDict, phase: Phase, workdir: Path) -> nnx.Module:
+    """The model of a run in one of its phases, as shapes without values.
+
+    Raises:
+        UserError: the plan of its structure is missing or damaged.
+    """
+    if phase.budget is None:
+        return nnx.eval_shape(lambda: build_model(config))
+    dense = nnx.eval_shape(lambda: densify(build_model(config)))
+    return rebuild(dense, read_plan(phase.plan_file(workdir)))
 
 
 def save(directory: str | Path, model: nnx.Module, plan: Mapping[str, Any]) -> None:
@@ -100,18 +121,17 @@ def save(directory: str | Path, model: nnx.Module, plan: Mapping[str, Any]) -> N
     write_atomically(directory / PLAN_FILE, text + "\n")
 
 
-def read_plan(directory: Path) -> dict[str, Any]:
-    """The plan in a directory.
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan in a file.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it is not there, or is damaged.
     """
-    path = directory / PLAN_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{directory} holds no saved model ({PLAN_FILE} is missing); write it with "
+            f"{path.parent} holds no saved model ({path.name} is missing); write it with "
             "gaudi_jax.save, or leave out into= for a run"
         ) from None
     except (ValueError, OSError) as error:

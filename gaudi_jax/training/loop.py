@@ -1,5 +1,6 @@
 """Training: one linear function from a config to a trained model in the workdir."""
 
+import dataclasses
 import logging
 import math
 import signal
@@ -7,31 +8,42 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
-from gaudi_jax.compression import rebuild
+from gaudi_jax.compression import densify
 from gaudi_jax.cost import cost
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.checkpoint import Checkpointer, has_checkpoint
 from gaudi_jax.training.evaluate import data_mesh, evaluate_batches, put_batch
-from gaudi_jax.training.load import read_plan
+from gaudi_jax.training.load import abstract_model
 from gaudi_jax.training.metrics import MetricLog, Progress
-from gaudi_jax.training.moments import with_moments
-from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules, check_options
-from gaudi_jax.training.start import Start, check_compression, compressed_start, initialise
+from gaudi_jax.training.moments import read_moments, with_moments
+from gaudi_jax.training.phases import Phase, phase_of, phases
+from gaudi_jax.training.restructure import Start, check_phases, restructure
+from gaudi_jax.training.setup import (
+    Schedules,
+    build_model,
+    build_optimizer,
+    build_schedules,
+    check_options,
+)
+from gaudi_jax.training.start import initialise, is_run, moments_of
 from gaudi_jax.training.step import (
     CostWeights,
+    Metrics,
     TrainState,
     make_evaluation_step,
     make_train_step,
     split_model,
 )
-from gaudi_jax.training.tasks import open_task
+from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import claim_workdir
 
 log = logging.getLogger(__name__)
@@ -40,7 +52,8 @@ log = logging.getLogger(__name__)
 def train(config: ConfigDict, workdir: str | Path) -> bool:
     """Trains the model of a config in a workdir, or continues the run that the workdir holds.
 
-    The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/``. On
+    The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, and a
+    plan for each structure that compression gives the model (`gaudi_jax.training.phases`). On
     SIGTERM the run saves a checkpoint and returns; called again, it continues, and ends bitwise as
     if it had never stopped (same machine, same number of devices).
 
@@ -59,118 +72,187 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     task = open_task(config)
     config = task.config
     mesh = data_mesh(config.data.batch_size, config.train.accumulate)
-    train_iterator = task.train_batches()
+    iterator = task.train_batches()
     schedules = build_schedules(config)
-    abstract_model = nnx.eval_shape(lambda: build_model(config))
-    build_optimizer(config, abstract_model, schedules)
-    check_compression(config, abstract_model)
+    dense = nnx.eval_shape(lambda: densify(build_model(config)))
+    build_optimizer(config, nnx.eval_shape(lambda: build_model(config)), schedules)
+    check_phases(config, dense)
     resumes = has_checkpoint(Path(workdir) / "checkpoints")
-    model = build_model(config)
-    if config.init_from and not resumes:
-        initialise(model, config.init_from, config)
+    model: Any = build_model(config)
+    source = config.init_from
+    if source and not resumes:
+        initialise(model, source, config)
     claim_workdir(workdir, config.to_dict())
     workdir = Path(workdir)
     if "pretrain" in config and not resumes:
         log.info("the dense model first")
-        if not train(config.pretrain, workdir / "dense"):
+        source = str(workdir / "dense")
+        if not train(config.pretrain, source):
             return False
-        initialise(model, str(workdir / "dense"), config)
+        initialise(model, source, config)
     with (
         Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         _stop_on_sigterm() as stop,
     ):
-        # ---- model: compressed if the config says so ---------------------------------------------
-        if config.compress.method == "none":
-            start = Start(model)
-        elif resumes:
-            start = Start(rebuild(model, read_plan(workdir)))
-        else:
-            start = compressed_start(model, task, workdir)
-        del model
-        model_cost = cost(start.model, task.example)
+        # ---- resume from the newest checkpoint, with the structure that it was saved with --------
+        replicated = NamedSharding(mesh, PartitionSpec())
+        restored = checkpoints.restore(
+            lambda step: _abstract_state(config, schedules, workdir, step, replicated)._asdict(),
+            iterator,
+        )
+        made = 0 if restored is None else restored.step
+        if restored is not None:
+            log.info("resumed from step %d", made)
+        with (
+            MetricLog(workdir, resumed_from=restored and made) as rows,
+            Progress(
+                config.train.steps, made, unit=task.unit, units_per_step=task.units_per_step
+            ) as progress,
+        ):
+            run = _Run(
+                task, workdir, mesh, iterator, schedules, checkpoints, rows, progress, stop, made
+            )
+            # ---- phases: each with its own structure, optimizer state and compiled step ----------
+            moments = moments_of(source) if source and is_run(source) and not resumes else None
+            for phase in phases(config):
+                if phase.last < made:
+                    continue
+                if restored is not None and phase.first < made:
+                    graphdef = nnx.graphdef(abstract_model(config, phase, workdir))
+                    state = TrainState(**restored.state)
+                else:
+                    start = Start(model)
+                    if phase.budget is not None:
+                        start = restructure(model, moments, task, phase, workdir)
+                        rows.write({"step": phase.first, **start.results})
+                    graphdef, state = _first_state(config, schedules, start, phase.first)
+                    state = jax.device_put(state, replicated)
+                    del start
+                model = moments = None  # what the state does not hold is not needed any more
+                state = run.make_steps(graphdef, state, phase)
+                if stop.requested:
+                    break
+                model = nnx.merge(graphdef, state.params, state.other)
+                moments = read_moments(state.opt_state)
+        checkpoints.wait()
+    if stop.requested and run.saved_step < config.train.steps:
+        log.warning(
+            "stopped at step %d of %d; run it again to continue",
+            run.saved_step,
+            config.train.steps,
+        )
+        return False
+    return True
+
+
+def _first_state(
+    config: ConfigDict, schedules: Schedules, start: Start, made: int
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The structure of a phase, and the state before its first step."""
+    graphdef, params, other = split_model(start.model)
+    opt_state = build_optimizer(config, start.model, schedules, made=made).init(params)
+    if start.moments is not None:
+        opt_state = with_moments(opt_state, start.moments)
+    return graphdef, TrainState(jnp.full([], made, jnp.int32), params, other, opt_state)
+
+
+def _abstract_state(
+    config: ConfigDict, schedules: Schedules, workdir: Path, step: int, sharding: Sharding
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state that a checkpoint holds."""
+    phase = phase_of(config, step)
+    model = abstract_model(config, phase, workdir)
+    _, params, other = split_model(model)
+    init = build_optimizer(config, model, schedules, made=phase.first).init
+    step_count: Any = jax.ShapeDtypeStruct([], jnp.int32)
+    state = TrainState(step_count, params, other, jax.eval_shape(init, params))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+@dataclasses.dataclass
+class _Run:
+    """Makes the steps of a run, and writes down what comes of them."""
+
+    task: Task
+    workdir: Path
+    mesh: Mesh
+    iterator: grain.DatasetIterator
+    schedules: Schedules
+    checkpoints: Checkpointer
+    rows: MetricLog
+    progress: Progress
+    stop: "_Stop"
+    saved_step: int
+
+    def make_steps(self, graphdef: nnx.GraphDef, state: TrainState, phase: Phase) -> TrainState:
+        """Trains to the end of a phase, or until the run is asked to stop."""
+        config, first = self.task.config, int(state.step)
+        step_fn, evaluation_fn = self._prepared(graphdef, state, phase)
+        started = time.perf_counter()
+        for step in range(first + 1, phase.last + 1):
+            batch = put_batch(next(self.iterator), self.mesh)
+            state, metrics = step_fn(state, batch)
+            ends = step == phase.last
+            if step % config.train.log_every == 0 or ends:
+                self._log(step, metrics, (step - first) / (time.perf_counter() - started))
+            self.progress.advance(step)
+            evaluated = None
+            if step % config.train.eval_every == 0 or ends:
+                evaluated = self._evaluate(evaluation_fn, state, step)
+            if step % config.checkpoint.every == 0 or ends or self.stop.requested:
+                # A checkpoint of a run that has diverged would push out the good ones.
+                _check_finite(float(metrics["train_loss"]), step, self.workdir)
+                self._save(state, step, evaluated)
+            if self.stop.requested:
+                break
+        return state
+
+    def _prepared(self, graphdef: nnx.GraphDef, state: TrainState, phase: Phase) -> tuple[Any, Any]:
+        """The steps of training and of evaluation, which compile when they are first made."""
+        config, task = self.task.config, self.task
+        model = nnx.merge(graphdef, state.params, state.other)
+        model_cost = cost(model, task.example)
         log.info(
             "%s; %d parameters, %d multiplications an example if dense; workdir %s",
             task.describe(),
             model_cost.parameters,
             model_cost.total_dense_multiplications,
-            workdir,
+            self.workdir,
         )
-        optimizer = build_optimizer(config, start.model, schedules)
-
-        # ---- state: replicated over the mesh; batches are split over it --------------------------
-        graphdef, params, other = split_model(start.model)
-        replicated = NamedSharding(mesh, PartitionSpec())
-        opt_state = optimizer.init(params)
-        if start.moments is not None:
-            opt_state = with_moments(opt_state, start.moments)
-        state = jax.device_put(
-            TrainState(jnp.zeros([], jnp.int32), params, other, opt_state), replicated
-        )
-        weights = CostWeights.of(model_cost)
         step_fn = make_train_step(
-            graphdef, optimizer, schedules, task, weights, config.seed, replicated
+            graphdef,
+            build_optimizer(config, model, self.schedules, made=phase.first),
+            self.schedules,
+            task,
+            CostWeights.of(model_cost),
+            config.seed,
+            state.step.sharding,
         )
-        start.model.eval()
-        evaluation_fn = make_evaluation_step(nnx.graphdef(start.model), task)
-        results = start.results
-        del start, params, other, opt_state
+        model.eval()
+        return step_fn, make_evaluation_step(nnx.graphdef(model), task)
 
-        # ---- resume from the newest checkpoint ---------------------------------------------------
-        abstract_state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state
-        )
-        restored = checkpoints.restore(abstract_state._asdict(), train_iterator)
-        if restored is not None:
-            state = TrainState(**restored.state)
-            log.info("resumed from step %d", restored.step)
-        first_step, steps = int(state.step), config.train.steps
-        saved_step, units = first_step, task.units_per_step
-        started = time.perf_counter()
+    def _log(self, step: int, metrics: Metrics, steps_per_second: float) -> None:
+        row = {name: float(value) for name, value in metrics.items()}
+        _check_finite(row["train_loss"], step, self.workdir)
+        speed = steps_per_second * self.task.units_per_step
+        self.rows.write({"step": step, **row, f"{self.task.unit}s_per_second": speed})
+        self.progress.show(row)
 
-        # ---- steps -------------------------------------------------------------------------------
-        with (
-            MetricLog(workdir, resumed_from=restored and restored.step) as rows,
-            Progress(steps, first_step, unit=task.unit, units_per_step=units) as progress,
-        ):
-            if results:
-                rows.write({"step": 0, **results})
-            for step in range(first_step + 1, steps + 1):
-                batch = put_batch(next(train_iterator), mesh)
-                state, metrics = step_fn(state, batch)
-                last = step == steps
-                if step % config.train.log_every == 0 or last:
-                    row = {name: float(value) for name, value in metrics.items()}
-                    _check_finite(row, step, workdir)
-                    speed = (step - first_step) * units / (time.perf_counter() - started)
-                    rows.write({"step": step, **row, f"{task.unit}s_per_second": speed})
-                    progress.show(row)
-                progress.advance(step)
-                evaluated = None
-                if step % config.train.eval_every == 0 or last:
-                    sums = evaluate_batches(
-                        evaluation_fn,
-                        state.params,
-                        state.other,
-                        task.evaluation_batches("validation"),
-                        mesh,
-                    )
-                    evaluated = task.results(sums, "validation")
-                    row = {f"validation_{name}": value for name, value in evaluated.items()}
-                    rows.write({"step": step, **row})
-                    progress.show(row)
-                if step % config.checkpoint.every == 0 or last or stop.requested:
-                    # A checkpoint of a run that has diverged would push out the good ones.
-                    _check_finite({"train_loss": float(metrics["train_loss"])}, step, workdir)
-                    score = task.score(evaluated) if evaluated and _settled(config, step) else None
-                    checkpoints.save(step, state._asdict(), train_iterator, score=score)
-                    saved_step = step
-                if stop.requested:
-                    break
-        checkpoints.wait()
-    if stop.requested and saved_step < steps:
-        log.warning("stopped at step %d of %d; run it again to continue", saved_step, steps)
-        return False
-    return True
+    def _evaluate(self, evaluation_fn: Any, state: TrainState, step: int) -> dict[str, float]:
+        """Results on the validation split."""
+        batches = self.task.evaluation_batches("validation")
+        sums = evaluate_batches(evaluation_fn, state.params, state.other, batches, self.mesh)
+        evaluated = self.task.results(sums, "validation")
+        row = {f"validation_{name}": value for name, value in evaluated.items()}
+        self.rows.write({"step": step, **row})
+        self.progress.show(row)
+        return evaluated
+
+    def _save(self, state: TrainState, step: int, evaluated: dict[str, float] | None) -> None:
+        settled = _settled(self.task.config, step)
+        score = self.task.score(evaluated) if evaluated and settled else None
+        self.checkpoints.save(step, state._asdict(), self.iterator, score=score)
+        self.saved_step = step
 
 
 class _Stop:
@@ -195,12 +277,12 @@ def _stop_on_sigterm() -> Iterator[_Stop]:
 def _settled(config: ConfigDict, step: int) -> bool:
     """Whether the cost has reached its target, so that accuracies can be compared."""
     settles = config.controller.end if config.controller.name == "budget" else 0.0
-    return step >= settles * config.train.steps
+    return step > phases(config)[-1].first and step >= settles * config.train.steps
 
 
-def _check_finite(row: dict[str, float], step: int, workdir: Path) -> None:
-    if not math.isfinite(row["train_loss"]):
+def _check_finite(loss: float, step: int, workdir: Path) -> None:
+    if not math.isfinite(loss):
         raise UserError(
-            f"the loss is {row['train_loss']} at step {step}; lower optimizer.learning_rate or set "
+            f"the loss is {loss} at step {step}; lower optimizer.learning_rate or set "
             f"optimizer.clip_norm (checkpoints in {workdir} are kept)"
         )

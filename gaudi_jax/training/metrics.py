@@ -56,7 +56,7 @@ class MetricLog:
         self._path = Path(workdir) / METRICS_FILE
         kept: list[Row] = []
         if resumed_from is not None:
-            kept = [row for row in read_metrics(workdir) if _place(row) <= resumed_from]
+            kept = [row for row in read_metrics(workdir) if _is_before(row, resumed_from)]
             kept.append({"resumed_from": resumed_from})
         write_atomically(self._path, "".join(map(_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
@@ -170,6 +170,12 @@ class Progress:
 
 def _place(row: Row) -> float:
     return row["step"] if "step" in row else row["resumed_from"]
+
+
+def _is_before(row: Row, resumed_from: int) -> bool:
+    """Whether a row was written before the checkpoint of a step was."""
+    # A phase begins after the checkpoint of its first step.
+    return _place(row) < resumed_from + ("phase" not in row)
 
 
 def _line(row: Row) -> str:

@@ -7,6 +7,7 @@ warm-up.
 """
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from jaxtyping import Array, Float
 
 from gaudi_jax.layers import GaudiLinear, LowRankLinear
 from gaudi_jax.training.controllers import names
+from gaudi_jax.training.step import split_model
+from gaudi_jax.training.tasks import Task
 
 Path = tuple
 
@@ -72,6 +75,36 @@ def carry_moments(moments: Moments, model: nnx.Module) -> Moments:
             v, u = layer.v[...].astype(jnp.float32), layer.u[...].astype(jnp.float32)
             for known, factors in ((first, (v, u)), (second, (v**2, u**2))):
                 known[*path, "v"], known[*path, "u"] = _factor_moments(known.pop(kernel), *factors)
+    return Moments(moments.updates, first, second)
+
+
+def estimate_moments(model: nnx.Module, moments: Moments, task: Task, batches: int) -> Moments:
+    """The moments of a model that was made dense: those of its kernels come from a few batches.
+
+    Args:
+        model: the dense model.
+        moments: of the structured model that it was made of; other parameters keep theirs.
+        task: gives the loss.
+        batches: training batches from which the kernels' moments are estimated; 0 leaves them out.
+    """
+    graphdef, params, other = split_model(model)
+
+    @jax.jit
+    def gradients(params: Any, batch: Any, key: Array) -> Any:
+        def loss(params: Any) -> tuple[Array, Any]:
+            return task.loss(nnx.merge(graphdef, params, other), batch, key)
+
+        return jax.grad(loss, has_aux=True)(params)[0]
+
+    paths = _by_path(params).keys()
+    first, second = ({p: x for p, x in known.items() if p in paths} for known in moments[1:])
+    unknown = paths - first.keys()
+    for number, batch in enumerate(islice(task.train_batches(), batches)):
+        arrays = {name: jnp.asarray(array) for name, array in batch.items()}
+        found = _by_path(gradients(params, arrays, jax.random.key(number)))
+        for path in unknown:
+            first[path] = first.get(path, 0) + found[path] / batches
+            second[path] = second.get(path, 0) + found[path] ** 2 / batches
     return Moments(moments.updates, first, second)
 
 

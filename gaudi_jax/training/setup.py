@@ -247,14 +247,21 @@ def build_schedules(config: ConfigDict) -> Schedules:
 
 
 def build_optimizer(
-    config: ConfigDict, model: nnx.Module, schedules: Schedules
+    config: ConfigDict, model: nnx.Module, schedules: Schedules, *, made: int = 0
 ) -> optax.GradientTransformation:
     """The optimizer of a config for this model.
+
+    Args:
+        config: resolved config.
+        model: the model; shapes are enough.
+        schedules: of the whole run.
+        made: steps of the run that are made before the optimizer's first one.
 
     Raises:
         UserError: a number is out of range.
     """
     optimizer = config.optimizer
+    schedules = Schedules(*(_shifted(schedule, made) for schedule in schedules))
     return gaudi_adamw(
         model,
         learning_rate=schedules.learning_rate,
@@ -266,18 +273,24 @@ def build_optimizer(
         b2=optimizer.b2,
         clip_norm=optimizer.clip_norm or None,
         layer_moment=optimizer.layer_moment,
-        controller=_build_controller(config, schedules),
+        controller=_build_controller(config, schedules, made),
     )
 
 
-def _build_controller(config: ConfigDict, schedules: Schedules) -> controllers.Controller | None:
+def _shifted(schedule: optax.Schedule, made: int) -> optax.Schedule:
+    return lambda step: schedule(step + made)
+
+
+def _build_controller(
+    config: ConfigDict, schedules: Schedules, made: int
+) -> controllers.Controller | None:
     options: Any = config.controller
     if options.name == "threshold":
         return controllers.threshold_controller(
             options.strength,
             options.target,
             structural_learning_rate=schedules.structural_learning_rate,
-            start_step=_step(options.begin, config.train.steps, "controller.begin"),
+            start_step=max(_step(options.begin, config.train.steps, "controller.begin") - made, 0),
         )
     if options.name == "mean":
         return controllers.mean_controller(options.target)

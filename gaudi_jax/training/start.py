@@ -1,107 +1,25 @@
-"""How a run begins: from scratch, from another model, or from a compressed one."""
+"""What a run takes from another one, or from a Hugging Face model."""
 
-import json
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from gaudi_jax.compression import compress
-from gaudi_jax.compression.compress import choose_layers
-from gaudi_jax.compression.rules import Rule
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import StructuredLinear
 from gaudi_jax.training.checkpoint import Checkpointer
-from gaudi_jax.training.evaluate import evaluate_model
-from gaudi_jax.training.load import PLAN_FILE, load
-from gaudi_jax.training.moments import Moments, carry_moments, read_moments
+from gaudi_jax.training.load import abstract_model, load
+from gaudi_jax.training.moments import Moments, read_moments
+from gaudi_jax.training.phases import phase_of
 from gaudi_jax.training.setup import (
-    build_model,
     build_optimizer,
     build_schedules,
     pretrained_model,
 )
 from gaudi_jax.training.step import split_model
-from gaudi_jax.training.tasks import Task
-from gaudi_jax.training.workdir import read_config, write_atomically
-
-
-class Start(NamedTuple):
-    """What a run begins with.
-
-    Attributes:
-        model: the model, with its values.
-        moments: Adam's moments that the optimizer starts from, None for zeros.
-        results: what was measured before the first step, as one row of metrics.
-    """
-
-    model: nnx.Module
-    moments: Moments | None = None
-    results: dict[str, float] = {}  # noqa: RUF012  (a NamedTuple's default is never changed)
-
-
-def check_compression(config: ConfigDict, model: nnx.Module) -> None:
-    """Checks the options of compression before any long work.
-
-    Args:
-        config: resolved config.
-        model: the model of the config; shapes are enough.
-
-    Raises:
-        UserError: there is no trained model to compress, or an option is out of range.
-    """
-    options = config.compress
-    if options.method == "none":
-        return
-    if not config.init_from and "pretrain" not in config:
-        raise UserError(
-            f"compress.method={options.method!r} needs a trained model; name its workdir or "
-            "Hugging Face folder in init_from"
-        )
-    for name, least in {"calibration_batches": 0, "rounds": 1}.items():
-        if options[name] < least:
-            raise UserError(f"compress.{name}={options[name]} must be at least {least}")
-    chosen = _compress_options(config)
-    choose_layers(model, chosen.pop("budget"), **chosen)
-
-
-def compressed_start(model: nnx.Module, task: Task, workdir: Path) -> Start:
-    """Compresses a trained model as the config says.
-
-    The plan is written into the workdir, so that resuming and `gaudi_jax.load` can build the
-    structure.
-
-    Args:
-        model: the trained dense model.
-        task: the data on which it is calibrated, and evaluated before and after.
-        workdir: of the run, with the dense model's run in ``dense`` if that was trained there.
-    """
-    config = task.config
-    results: dict[str, float] = {}
-    for split in ("validation", "test"):
-        row = evaluate_model(model, task, split)
-        results |= {f"dense_{split}_{name}": value for name, value in row.items()}
-    model.eval()
-    compressed, plan = compress(
-        model,
-        **_compress_options(config),
-        rounds=config.compress.rounds,
-        calibration=_calibration(task) if config.compress.calibration_batches else None,
-        key=jax.random.key(config.seed),
-    )
-    for split in ("validation", "test"):
-        row = evaluate_model(compressed, task, split)
-        results |= {f"compressed_{split}_{name}": value for name, value in row.items()}
-    write_atomically(workdir / PLAN_FILE, json.dumps(plan, indent=2, allow_nan=False) + "\n")
-    compressed.train()
-    source = config.init_from or str(workdir / "dense")
-    moments = carry_moments(_moments_of(source), compressed) if is_run(source) else None
-    return Start(compressed, moments, results)
+from gaudi_jax.training.workdir import read_config
 
 
 def is_run(source: str) -> bool:
@@ -144,37 +62,20 @@ def initialise(model: nnx.Module, source: str, config: ConfigDict) -> None:
     nnx.update(model, nnx.from_flat_state(list(theirs.items())))
 
 
-def _compress_options(config: ConfigDict) -> dict[str, Any]:
-    options = config.compress
-    if not all(isinstance(rule, tuple) and len(rule) == 2 for rule in options.rules):
-        raise UserError(
-            f"compress.rules={options.rules} must hold pairs (pattern, budget), with None for the "
-            "budget of the whole network"
-        )
-    return {
-        "budget": options.budget,
-        # A tuple in a config holds (pattern, budget) pairs; None is the network's budget.
-        "rules": [Rule(pattern, budget=budget) for pattern, budget in options.rules],
-        "method": options.method,
-        "rank": options.rank,
-        "granularity": options.granularity,
-        "allocation": options.allocation,
-    }
+def moments_of(source: str) -> Moments:
+    """The optimizer's moments at the end of a run.
 
-
-def _calibration(task: Task) -> Iterator[Any]:
-    """The first training batches as the model reads them: shuffled, so that all classes occur."""
-    for batch in islice(task.train_batches(), task.config.compress.calibration_batches):
-        yield task.inputs({name: jnp.asarray(array) for name, array in batch.items()})
-
-
-def _moments_of(source: str) -> Moments:
-    """The optimizer's moments at the end of a run."""
+    Raises:
+        UserError: it holds no checkpoint.
+    """
     config = ConfigDict(read_config(source))
-    model = nnx.eval_shape(lambda: build_model(config))
-    optimizer = build_optimizer(config, model, build_schedules(config))
-    _, params, _ = split_model(model)
-    wanted = {"opt_state": jax.eval_shape(optimizer.init, params)}
+
+    def wanted(step: int) -> dict[str, Any]:
+        model = abstract_model(config, phase_of(config, step), Path(source))
+        optimizer = build_optimizer(config, model, build_schedules(config))
+        _, params, _ = split_model(model)
+        return {"opt_state": jax.eval_shape(optimizer.init, params)}
+
     with Checkpointer(Path(source) / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(wanted)
     if restored is None:
