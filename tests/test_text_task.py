@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from configs import docs_gpt_gaudi, gpt2_gaudi, shakespeare_gpt_finetune, shakes
 from gaudi_jax.cost import cost
 from gaudi_jax.decomposition import svd_factors
 from gaudi_jax.errors import UserError
-from gaudi_jax.report import write_report
+from gaudi_jax.report import plot_curves, write_report
 from gaudi_jax.training import loop
 from gaudi_jax.training.evaluate import data_mesh
 from gaudi_jax.training.metrics import read_metrics
@@ -130,7 +131,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(kind, text):
         np.testing.assert_allclose(four, one, atol=1e-5)
 
 
-def test_a_run_leaves_a_readable_report(finished):
+def test_a_run_leaves_a_readable_report(finished, monkeypatch):
+    plots = Mock(side_effect=plot_curves)
+    monkeypatch.setattr("gaudi_jax.report.summary.plot_curves", plots)
     summary = write_report(finished)
     assert summary == json.loads((finished / "summary.json").read_text())
     assert summary["perplexity"] == summary["test_perplexity_hard"]
@@ -143,6 +146,8 @@ def test_a_run_leaves_a_readable_report(finished):
     for words in ("Unigram perplexity", "bits a byte", "blocks/0/attention/qkv", "Sample 3"):
         assert words in written
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert plots.call_args.kwargs["unigram_perplexity"] == summary["unigram_perplexity"]
+    assert sum("validation_perplexity" in row for row in plots.call_args.args[0]) == 2
     assert summary["relative_multiplications"] <= 0.5
     last = [row for row in read_metrics(finished) if row["step"] == 8]
     np.testing.assert_allclose(last[1]["validation_loss"], summary["validation_loss"], rtol=1e-5)
