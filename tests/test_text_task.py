@@ -17,7 +17,7 @@ from configs import docs_gpt_gaudi, gpt2_gaudi, shakespeare_gpt_finetune, shakes
 from gaudi_jax.cost import cost
 from gaudi_jax.decomposition import svd_factors
 from gaudi_jax.errors import UserError
-from gaudi_jax.report import plot_curves, write_report
+from gaudi_jax.report import plot_curves, summary_table, write_report
 from gaudi_jax.training import loop
 from gaudi_jax.training.evaluate import data_mesh
 from gaudi_jax.training.metrics import read_metrics
@@ -25,6 +25,7 @@ from gaudi_jax.training.setup import build_model, build_schedules
 from gaudi_jax.training.start import initialise
 from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
 from gaudi_jax.training.tasks import open_task
+from gaudi_jax.training.text_task import TextTask
 from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
 
 TEXT = "to be, or not to be: that is the question.\n" * 6
@@ -101,6 +102,17 @@ def test_wikitext_has_a_word_perplexity(text, tmp_path):
     assert results["word_perplexity"] == math.exp(36 / 18)  # 5 words and a line end, three times
 
 
+def test_invalid_utf8_is_counted_in_the_summary(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextTask, "_samples", lambda self, model: [])
+    for name, content in {"b.txt": b"\xff\xe4 ", "a.txt": TEXT.encode()}.items():
+        (tmp_path / name).write_bytes(content)
+    config = tiny_text_config(text)
+    config.data.name = f"text:{tmp_path}"
+    remarks = open_task(config).remarks(None)
+    assert remarks["replaced_utf8"] == 2
+    assert "Places that are no UTF-8  2" in summary_table(remarks)
+
+
 def gradients(config, accumulate):
     """What a step gives the optimizer: one whose state is the gradient."""
     config.train.accumulate = accumulate
@@ -137,6 +149,7 @@ def test_a_run_leaves_a_readable_report(finished, monkeypatch):
     summary = write_report(finished)
     assert summary == json.loads((finished / "summary.json").read_text())
     assert summary["perplexity"] == summary["test_perplexity_hard"]
+    assert summary["replaced_utf8"] == 0
     np.testing.assert_allclose(np.log(summary["perplexity"]), summary["test_loss_hard"])
     assert 1 < summary["unigram_perplexity"] < len(set(TEXT)) == summary["vocab_size"]
     for sample in summary["samples"]:

@@ -159,11 +159,12 @@ class TextTask:
         return -results["loss"]
 
     def remarks(self, model: Any) -> dict[str, Any]:
-        """The text's hash and sizes, the perplexity of its tokens' frequencies, and samples."""
+        """The text's hash, flaws and sizes, the perplexity of its tokens' frequencies, samples."""
         train, test = self.splits.train.tokens, self.splits.test.tokens
         vocab_size = self.splits.tokenizer.vocab_size
         return {
             "corpus_sha256": self.splits.sha256,
+            "replaced_utf8": self.splits.replaced,
             "tokens": {
                 split: len(getattr(self.splits, split).tokens)
                 for split in ("train", "validation", "test")
