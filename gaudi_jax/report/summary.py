@@ -40,7 +40,8 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
         The content of ``summary.json``.
 
     Raises:
-        UserError: the workdir holds no run or no such checkpoint, or its data are gone.
+        UserError: the workdir holds no run or no such checkpoint, or its data are gone or have
+            become others.
 
     Example:
         >>> from gaudi_jax.report import write_report

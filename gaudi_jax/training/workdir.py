@@ -28,6 +28,7 @@ DECIDED_BY_DATA = (
     "model.num_classes",
     "model.vocab_size",
     "model.context",
+    "data.vocabulary_sha256",
 )
 
 
