@@ -4,7 +4,8 @@
     python main.py --config=configs/shakespeare_gpt_finetune.py:text=shakespeare.txt,dense=WORKDIR
 
 First trains the dense model (``configs/shakespeare_gpt_gaudi.py:layer=dense``) in the workdir's
-folder ``dense``, or takes the one of the run that ``dense=`` names.
+folder ``dense``, or takes the one of the run that ``dense=`` names, whose text must have had the
+same characters.
 
 Arguments: ``text=PATH``, ``size=cpu|gpu``, ``method=gaudi|low_rank|best``, ``budget=0.44`` (of the
 blocks' layers), ``granularity=1``, ``dense=WORKDIR``, ``smoke``.

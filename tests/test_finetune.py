@@ -24,6 +24,7 @@ from gaudi_jax.training.optim import gaudi_adamw
 from gaudi_jax.training.setup import pretrained_model
 from gaudi_jax.training.step import split_model
 from gaudi_jax.training.tasks import open_task
+from gaudi_jax.training.workdir import check_workdir
 from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
 
 
@@ -59,6 +60,10 @@ def test_the_summary_tells_all_three_accuracies(finished):
     kinds = {row["path"]: row["kind"] for row in summary["layers"]}
     assert kinds["blocks/0/mlp/fc1"] == "GaudiLinear"
     assert kinds["head"] == "Linear"
+
+
+def test_its_command_finds_the_run_again(finished):
+    check_workdir(finished, finetune_config().to_dict())
 
 
 def test_load_gives_the_fine_tuned_model(finished):

@@ -167,6 +167,12 @@ def test_nothing_to_do():
         ([[1], []], {}, "at least one token id"),
         ([[1, 31]], {}, r"token id 31 of a prompt is outside \[0, 31\)"),
         ([[-1]], {}, "token id -1"),
+        ([[2**32 + 1]], {}, f"token id {2**32 + 1}"),  # 1 in 32 bits
+        ([np.array([2**32 - 1], np.uint32)], {}, f"token id {2**32 - 1}"),
+        ([[1.5, 2]], {}, r"a prompt with 1\.5 holds no token ids"),
+        (["to be"], {}, r"a prompt of shape \(\)"),
+        ([1, 2], {}, r"a prompt of shape \(\) is not a list"),
+        ([["to", "be"]], {}, "a prompt with 'to' holds no token ids"),
         ([[1]], {"max_length": 21}, r"max_length=21 must lie in \[1, 20\]"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
         ([[1]], {"temperature": 1.0}, "needs key"),

@@ -92,6 +92,12 @@ def test_empty_summary():
     assert summary_table({}) == ""
 
 
+def test_replaced_bytes_of_a_text_are_told_where_there_are_any():
+    assert summary_table(SUMMARY | {"replaced_utf8": 0}) == summary_table(SUMMARY)
+    lines = summary_table(SUMMARY | {"replaced_utf8": 1234}).splitlines()
+    assert lines[1] == "Places that are no UTF-8   1,234"
+
+
 def test_repeated_applications_get_a_column():
     layers = [LAYERS[0] | {"applications": 17}, LAYERS[1]]
     lines = summary_table({"layers": layers}).splitlines()

@@ -1,14 +1,10 @@
-import hashlib
+"""Tokenizers, token ids on disk, and windows of them."""
+
 import itertools
 import json
-import logging
-import os
-import sys
-import types
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from flax import nnx
 
 from gaudi_jax.data import tokenizers
@@ -23,152 +19,6 @@ WORDS = "the cat sat on the mat and the dog ran after the cat\n"
 
 def take(iterator, count):
     return list(itertools.islice(iterator, count))
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-# ---- corpora ----
-
-
-def test_the_embedded_text_is_english_and_cut_90_5_5():
-    corpus = load_corpus("docs")
-    sizes = [len(part) for part in (corpus.train, corpus.validation, corpus.test)]
-    np.testing.assert_allclose(np.array(sizes) / sum(sizes), [0.9, 0.05, 0.05], atol=1e-4)
-    assert sum(sizes) > 300_000
-    assert " the " in corpus.test
-
-
-def test_a_file_is_cut_from_its_end(tmp_path):
-    text = "".join(chr(ord("a") + i % 26) for i in range(100))
-    name = f"text:{write(tmp_path / 'a.txt', text)}"
-    corpus = load_corpus(name, validation_fraction=0.2, test_fraction=0.1)
-    assert (corpus.train, corpus.validation, corpus.test) == (text[:70], text[70:90], text[90:])
-    assert corpus.sha256 == hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_without_a_test_split_the_validation_split_serves(tmp_path, caplog):
-    name = f"text:{write(tmp_path / 'a.txt', WORDS)}"
-    corpus = load_corpus(name, validation_fraction=0.5, test_fraction=0)
-    assert corpus.train + corpus.validation == WORDS
-    assert corpus.test == corpus.validation
-    assert "the validation text serves" in caplog.text
-    assert corpus.sha256 == hashlib.sha256(WORDS.encode()).hexdigest()
-
-
-def test_a_folder_of_texts_is_joined_in_order(tmp_path):
-    write(tmp_path / "b.txt", "second")
-    write(tmp_path / "a" / "z.txt", "first\n")
-    write(tmp_path / ".hidden.txt", "hidden")
-    write(tmp_path / ".git" / "a.txt", "hidden")
-    write(tmp_path / "c.md", "another kind")
-    corpus = load_corpus(f"text:{tmp_path}", validation_fraction=0.2)
-    assert corpus.train + corpus.validation + corpus.test == "first\nsecond\n"
-
-
-@pytest.mark.parametrize("validation", ["validation.txt", "valid.txt", "val.txt"])
-def test_a_folder_may_hold_its_own_splits(tmp_path, validation):
-    for name in ("train.txt", validation, "test.txt"):
-        write(tmp_path / name, name)
-    assert load_corpus(f"text:{tmp_path}") == Corpus("train.txt", validation, "test.txt")
-    (tmp_path / validation).unlink()
-    corpus = load_corpus(f"text:{tmp_path}", validation_fraction=0.45)
-    assert corpus == Corpus("train", ".txt", "test.txt")
-
-
-def test_invalid_utf8_is_replaced_and_counted(tmp_path, caplog):
-    content = "no mistake: \ufffd, ".encode() + b"two: \xff \xe4\n"
-    with caplog.at_level(logging.WARNING):
-        corpus = load_corpus(f"text:{write(tmp_path / 'a.txt', content)}")
-    assert (
-        corpus.train + corpus.validation + corpus.test == "no mistake: \ufffd, two: \ufffd \ufffd\n"
-    )
-    assert "a.txt: 2 places that are no UTF-8" in caplog.text
-
-
-def fake_datasets(monkeypatch, sets):
-    class Columns(dict):
-        @property
-        def column_names(self):
-            return list(self)
-
-    def load(path, config):
-        if (path, config) not in sets:
-            raise FileNotFoundError(f"{path} is not there\nand more")
-        return {split: Columns(columns) for split, columns in sets[path, config].items()}
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
-
-
-def test_sets_of_the_hub_keep_their_splits_and_lines(monkeypatch):
-    rows = {split: {"text": ["", f" = {split} = \n"]} for split in ("train", "validation", "test")}
-    fake_datasets(
-        monkeypatch, {("owner/name", "raw"): rows, ("owner/name", None): {"train": {"a": []}}}
-    )
-    corpus = load_corpus("hf:owner/name:raw")
-    assert corpus == Corpus("\n = train = \n", "\n = validation = \n", "\n = test = \n")
-    with pytest.raises(UserError, match="no column 'text' but a"):
-        load_corpus("hf:owner/name")
-    with pytest.raises(UserError, match=r"hf:owner/none \(owner/none is not there\)"):
-        load_corpus("hf:owner/none")
-
-
-def test_without_the_package_datasets_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        load_corpus("hf:owner/name")
-
-
-class TinyPoems(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(3), "test": self._generate_examples(1)}
-
-    def _generate_examples(self, count):
-        for number in range(count):
-            yield number, {"text": f"pöem {number}"}
-
-
-def test_prepared_tfds_sets_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", os.fspath(tmp_path))
-    TinyPoems(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    corpus = load_corpus("tfds:tiny_poems", validation_fraction=0.3)
-    lines = (corpus.train + corpus.validation).splitlines()
-    assert sorted(lines) == ["pöem 0", "pöem 1", "pöem 2"]
-    assert corpus.test == "pöem 0"
-    with pytest.raises(UserError, match="cannot open the data set tfds:no_such_set"):
-        load_corpus("tfds:no_such_set")
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("poems", {}, "unknown text 'poems'; use one of docs"),
-        ("text:", {}, "unknown text 'text:'"),
-        ("text:/no/such", {}, "no file or folder /no/such"),
-        ("docs", {"validation_fraction": 0.0}, "validation_fraction=0.0"),
-        ("docs", {"test_fraction": 0.95}, r"test_fraction=0.95 is outside \[0, 0.95\)"),
-    ],
-)
-def test_mistakes_about_corpora_are_named(name, options, message):
-    with pytest.raises(UserError, match=message):
-        load_corpus(name, **options)
-
-
-def test_empty_corpora_are_errors(tmp_path):
-    with pytest.raises(UserError, match=r"holds no \*.txt file"):
-        load_corpus(f"text:{tmp_path}")
-    write(tmp_path / "a.txt", " \n")
-    with pytest.raises(UserError, match=r"the train text of text:.* is empty"):
-        load_corpus(f"text:{tmp_path}")
 
 
 # ---- tokenizers ----
@@ -205,6 +55,18 @@ def test_bpe_is_deterministic_and_encodes_every_text(tmp_path):
     assert again.fingerprint == other.fingerprint != first.fingerprint
 
 
+def test_a_vocabulary_is_its_tokens_with_their_ids(tmp_path):
+    digest = character_tokenizer("abc").vocabulary_sha256
+    assert character_tokenizer("cabbac").vocabulary_sha256 == digest
+    assert character_tokenizer("abd").vocabulary_sha256 != digest
+    first, second = (
+        load_tokenizer("bpe:270", corpus_of(text * 20), cache_dir=tmp_path)
+        for text in (WORDS, WORDS[::-1])
+    )
+    assert first.vocab_size == second.vocab_size
+    assert first.vocabulary_sha256 != second.vocabulary_sha256
+
+
 def test_a_short_text_yields_fewer_tokens_than_asked_for(tmp_path, caplog):
     tokenizer = load_tokenizer("bpe:5000", corpus_of(WORDS), cache_dir=tmp_path)
     assert 256 < tokenizer.vocab_size < 300
@@ -219,6 +81,7 @@ def test_saved_tokenizers_come_back_from_their_folder(tmp_path, name):
     tokenizer.save(tmp_path / "saved")
     again = load_tokenizer(f"hf:{tmp_path / 'saved'}", corpus_of("x"), cache_dir=tmp_path)
     assert again.vocab_size == tokenizer.vocab_size
+    assert again.vocabulary_sha256 == tokenizer.vocabulary_sha256
     for text in (WORDS, "the , the . \n"[:4], "  sat\n"):
         np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
         assert again.decode(again.encode(text)) == text
@@ -258,7 +121,8 @@ def test_folders_without_a_tokenizer_are_named(tmp_path):
 
 
 def test_token_ids_are_cached_by_text_and_tokenizer(tmp_path, monkeypatch):
-    file = write(tmp_path / "a.txt", WORDS * 10)
+    file = tmp_path / "a.txt"
+    file.write_text(WORDS * 10)
     options = {"cache_dir": tmp_path / "cache", "validation_fraction": 0.2, "test_fraction": 0.1}
     splits = load_text(f"text:{file}", **options)
     assert isinstance(splits.train.tokens, np.memmap)
@@ -275,13 +139,14 @@ def test_token_ids_are_cached_by_text_and_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode", fail)
     again = load_text(f"text:{file}", **options)
     np.testing.assert_array_equal(again.train.tokens, splits.train.tokens)
+    file.write_text("x" + WORDS * 10)
     with pytest.raises(AssertionError, match="encoded again"):
-        load_text(f"text:{write(file, 'x' + WORDS * 10)}", **options)
+        load_text(f"text:{file}", **options)
 
 
 def test_facts_for_bits_per_byte_and_word_perplexity(tmp_path):
-    write(tmp_path / "train.txt", "x")
-    write(tmp_path / "valid.txt", " = Ä b = \n \n c , d\n")
+    (tmp_path / "train.txt").write_text("x")
+    (tmp_path / "valid.txt").write_text(" = Ä b = \n \n c , d\n", encoding="utf-8")
     splits = load_text(f"text:{tmp_path}", tokenizer="bpe:256", cache_dir=tmp_path / "cache")
     assert splits.validation.num_bytes == len(splits.validation.tokens) == 20
     assert splits.validation.num_words == 4 + 3 + 3  # words, signs between spaces, and line ends
@@ -299,7 +164,7 @@ def test_interrupted_writing_leaves_nothing_behind(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
-    write(tmp_path / "file", "no folder")
+    (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match=r"cannot write .*; set data\.cache_dir"):
         load_text("docs", cache_dir=tmp_path / "file")
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 import gaudi_jax
 from configs import docs_gpt_gaudi, gpt2_gaudi, shakespeare_gpt_finetune, shakespeare_gpt_gaudi
 from gaudi_jax.cost import cost
+from gaudi_jax.data.corpus import Corpus
+from gaudi_jax.data.tokenizers import load_tokenizer
 from gaudi_jax.decomposition import svd_factors
 from gaudi_jax.errors import UserError
-from gaudi_jax.report import write_report
+from gaudi_jax.report import plot_curves, summary_table, write_report
 from gaudi_jax.training import loop
 from gaudi_jax.training.evaluate import data_mesh
 from gaudi_jax.training.metrics import read_metrics
@@ -24,6 +28,8 @@ from gaudi_jax.training.setup import build_model, build_schedules
 from gaudi_jax.training.start import initialise
 from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
 from gaudi_jax.training.tasks import open_task
+from gaudi_jax.training.text_task import TextTask
+from gaudi_jax.training.workdir import claim_workdir, read_config
 from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
 
 TEXT = "to be, or not to be: that is the question.\n" * 6
@@ -100,6 +106,17 @@ def test_wikitext_has_a_word_perplexity(text, tmp_path):
     assert results["word_perplexity"] == math.exp(36 / 18)  # 5 words and a line end, three times
 
 
+def test_invalid_utf8_is_counted_in_the_summary(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextTask, "_samples", lambda self, model: [])
+    for name, content in {"b.txt": b"\xff\xe4 ", "a.txt": TEXT.encode()}.items():
+        (tmp_path / name).write_bytes(content)
+    config = tiny_text_config(text)
+    config.data.name = f"text:{tmp_path}"
+    remarks = open_task(config).remarks(None)
+    assert remarks["replaced_utf8"] == 2
+    assert "Places that are no UTF-8  2" in summary_table(remarks)
+
+
 def gradients(config, accumulate):
     """What a step gives the optimizer: one whose state is the gradient."""
     config.train.accumulate = accumulate
@@ -130,10 +147,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(kind, text):
         np.testing.assert_allclose(four, one, atol=1e-5)
 
 
-def test_a_run_leaves_a_readable_report(finished):
+def test_a_run_leaves_a_readable_report(finished, monkeypatch):
+    plots = Mock(side_effect=plot_curves)
+    monkeypatch.setattr("gaudi_jax.report.summary.plot_curves", plots)
     summary = write_report(finished)
     assert summary == json.loads((finished / "summary.json").read_text())
     assert summary["perplexity"] == summary["test_perplexity_hard"]
+    assert summary["replaced_utf8"] == 0
     np.testing.assert_allclose(np.log(summary["perplexity"]), summary["test_loss_hard"])
     assert 1 < summary["unigram_perplexity"] < len(set(TEXT)) == summary["vocab_size"]
     for sample in summary["samples"]:
@@ -143,6 +163,8 @@ def test_a_run_leaves_a_readable_report(finished):
     for words in ("Unigram perplexity", "bits a byte", "blocks/0/attention/qkv", "Sample 3"):
         assert words in written
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert plots.call_args.kwargs["unigram_perplexity"] == summary["unigram_perplexity"]
+    assert sum("validation_perplexity" in row for row in plots.call_args.args[0]) == 2
     assert summary["relative_multiplications"] <= 0.5
     last = [row for row in read_metrics(finished) if row["step"] == 8]
     np.testing.assert_allclose(last[1]["validation_loss"], summary["validation_loss"], rtol=1e-5)
@@ -200,16 +222,65 @@ def test_a_run_starts_from_a_hugging_face_folder(text, dense, tmp_path):
     model = build_model(resolved)
     initialise(model, config.init_from, resolved)
     assert_same(split_model(model)[1], split_model(source)[1])
-    for changes, message in {
-        ("model.vocab_size", 40): "has other parameters",
-        ("model.heads", 4): "model.heads is 2 in init_from",
-    }.items():
+    # A tokenizer beside the weights that has more tokens than they know.
+    larger = load_tokenizer("bpe:256", Corpus(TEXT, TEXT, TEXT), cache_dir=tmp_path / "cache")
+    larger.save(tmp_path / "hf")
+    tokenizer = {"data.tokenizer": f"hf:{tmp_path / 'hf'}"}
+    vocab_size = source.config.vocab_size
+    for changes, message in (
+        ({"model.vocab_size": 40}, "has other parameters"),
+        (tokenizer, "has other parameters"),
+        (tokenizer | {"model.vocab_size": vocab_size}, f"={vocab_size} is less than the 256 to"),
+        ({"model.heads": 4}, "model.heads is 2 in init_from"),
+    ):
         wrong = tiny_text_config(text, "layer=dense")
         wrong.init_from = config.init_from
-        wrong.update_from_flattened_dict(dict([changes]))
+        wrong.update_from_flattened_dict(changes)
         with pytest.raises(UserError, match=message):
             loop.train(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def other_text(tmp_path):
+    """As many characters, one of them another."""
+    path = tmp_path / "other.txt"
+    path.write_text(TEXT.replace("q", "z"))
+    return path
+
+
+def test_a_run_starts_from_a_model_of_the_same_characters_only(text, other_text, dense, tmp_path):
+    config = tiny_text_config(other_text, "layer=dense")
+    config.init_from = str(dense)
+    with pytest.raises(UserError, match=r"another vocabulary than the run in .*hamlet\.txt"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    other_text.write_text(TEXT[::-1])  # another text of the same characters
+    config = open_task(config).config
+    initialise(build_model(config), str(dense), config)
+
+
+def test_the_dense_phase_has_the_characters_of_its_run(text, other_text, tmp_path):
+    config = shakespeare_gpt_finetune.get_config("smoke")
+    config.data.update(name=f"text:{text}", block=12, cache_dir=str(tmp_path / "cache"))
+    config.pretrain.data = config.data.copy_and_resolve_references()
+    config.pretrain.data.name = f"text:{other_text}"
+    with pytest.raises(UserError, match=r"other\.txt' has another vocabulary than this run"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+def test_a_run_goes_on_with_its_own_characters_only(text, other_text, dense):
+    config = ConfigDict(read_config(dense))
+    open_task(config)
+    config.data.name = f"text:{other_text}"
+    with pytest.raises(UserError, match=r"other\.txt' has another vocabulary than this run"):
+        open_task(config)
+    resumed = open_task(tiny_text_config(other_text, "layer=dense", steps=2)).config
+    resumed.data.name = f"text:{text}"  # the file that has changed keeps its name
+    resumed.data.cache_dir = config.data.cache_dir
+    with pytest.raises(UserError, match=r"another config \(data\.vocabulary_sha256 is"):
+        claim_workdir(dense, resumed.to_dict())
 
 
 @pytest.mark.parametrize(

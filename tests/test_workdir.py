@@ -33,6 +33,17 @@ def test_what_the_data_decide_is_compared_only_where_it_is_known(tmp_path):
         check_workdir(tmp_path, CONFIG | {"model": {"width": 8, "num_classes": 9}})
 
 
+def test_what_may_differ_may_differ_in_the_config_of_a_dense_phase_too(tmp_path):
+    config = {"data": {"cache_dir": "a"}, "model": {"width": 8}}
+    saved = config | {"model": {"width": 8, "num_classes": 10}}
+    claim_workdir(tmp_path, saved | {"pretrain": saved})
+    moved = config | {"data": {"cache_dir": "b"}}
+    check_workdir(tmp_path, moved | {"pretrain": moved})
+    wider = config | {"model": {"width": 9}}
+    with pytest.raises(UserError, match=r"pretrain.model.width is 8 there and 9 here"):
+        check_workdir(tmp_path, config | {"pretrain": wider})
+
+
 def test_an_unusable_workdir_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to the workdir .*file"):

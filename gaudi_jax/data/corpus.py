@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gaudi_jax.data.prepared import open_prepared
 from gaudi_jax.errors import UserError
@@ -31,11 +31,13 @@ class Corpus:
         train: text to learn from.
         validation: text for every choice that is made.
         test: text for the final measurement.
+        replaced: places in all splits that were no UTF-8 and became U+FFFD.
     """
 
     train: str
     validation: str
     test: str
+    replaced: int = 0
 
     @property
     def sha256(self) -> str:
@@ -75,7 +77,7 @@ def load_corpus(
               Hugging Face hub, each row ending in a line end (needs the package datasets);
             * ``tfds:NAME``: the feature "text" of a prepared TensorFlow Datasets set, likewise.
 
-            Bytes that are no UTF-8 are replaced by U+FFFD, with a message that counts them.
+            Bytes that are no UTF-8 are replaced by U+FFFD, and counted.
         validation_fraction: share of the text, in (0, 1).
         test_fraction: share of the text, in [0, 1); both together leave some for training.
 
@@ -96,7 +98,7 @@ def load_corpus(
         )
     kind, _, rest = name.partition(":")
     if name == "docs":
-        parts = {"train": _docs()}
+        parts = {"train": _Part(_docs())}
     elif kind == "text" and rest:
         parts = _files(Path(rest).expanduser())
     elif kind == "hf" and rest:
@@ -105,18 +107,27 @@ def load_corpus(
         parts = _tfds(rest)
     else:
         raise UserError(f"unknown text {name!r}; use one of {FORMS}")
-    for split, text in parts.items():
-        if not text.strip():
+    for split, part in parts.items():
+        if not part.text.strip():
             raise UserError(f"the {split} text of {name} is empty; give a corpus with text in it")
-    return _completed(name, parts, validation_fraction, test_fraction)
+    texts = {split: part.text for split, part in parts.items()}
+    corpus = _completed(name, texts, validation_fraction, test_fraction)
+    return dataclasses.replace(corpus, replaced=sum(part.replaced for part in parts.values()))
+
+
+class _Part(NamedTuple):
+    """Text of a source, and the places in it that were no UTF-8."""
+
+    text: str
+    replaced: int = 0
 
 
 def _completed(
-    name: str, parts: Mapping[str, str], validation_fraction: float, test_fraction: float
+    name: str, texts: Mapping[str, str], validation_fraction: float, test_fraction: float
 ) -> Corpus:
-    train, validation, test = (parts.get(split) for split in ("train", "validation", "test"))
+    train, validation, test = (texts.get(split) for split in ("train", "validation", "test"))
     if train is None:
-        raise UserError(f"{name} has no train split, only {', '.join(parts)}; choose another text")
+        raise UserError(f"{name} has no train split, only {', '.join(texts)}; choose another text")
     if validation is None:
         size = len(train)
         if test is None and test_fraction:
@@ -139,7 +150,7 @@ def _docs() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def _files(path: Path) -> dict[str, str]:
+def _files(path: Path) -> dict[str, _Part]:
     if path.is_file():
         return {"train": _decoded([path.read_bytes()], path)}
     if not path.is_dir():
@@ -160,7 +171,7 @@ def _files(path: Path) -> dict[str, str]:
     return {"train": _decoded([p.read_bytes() for p in paths], path)}
 
 
-def _hub(name: str) -> dict[str, str]:
+def _hub(name: str) -> dict[str, _Part]:
     path, _, config = name.partition(":")
     try:
         import datasets
@@ -181,10 +192,10 @@ def _hub(name: str) -> dict[str, str]:
                 f"hf:{name} has no column 'text' but {', '.join(sets[split].column_names)}; "
                 "choose a data set of text"
             )
-    return {split: _lines(sets[split]["text"]) for split in SPLIT_FILES if split in sets}
+    return {split: _Part(_lines(sets[split]["text"])) for split in SPLIT_FILES if split in sets}
 
 
-def _tfds(name: str) -> dict[str, str]:
+def _tfds(name: str) -> dict[str, _Part]:
     info, sources = open_prepared(name)
     if "text" not in info.features:
         raise UserError(
@@ -198,7 +209,7 @@ def _tfds(name: str) -> dict[str, str]:
     }
 
 
-def _decoded(pieces: Iterable[bytes], origin: Any) -> str:
+def _decoded(pieces: Iterable[bytes], origin: Any) -> _Part:
     """Joins pieces of UTF-8 into text in which each ends a line, and says what had to be replaced.
 
     A single piece stays as it is.
@@ -206,10 +217,10 @@ def _decoded(pieces: Iterable[bytes], origin: Any) -> str:
     pieces = list(pieces)
     texts = [piece.decode(errors="replace") for piece in pieces]
     meant = sum(piece.count(REPLACEMENT.encode()) for piece in pieces)
-    invalid = sum(text.count(REPLACEMENT) for text in texts) - meant
-    if invalid:
-        log.warning("%s: %d places that are no UTF-8 were replaced by U+FFFD", origin, invalid)
-    return texts[0] if len(texts) == 1 else _lines(texts)
+    replaced = sum(text.count(REPLACEMENT) for text in texts) - meant
+    if replaced:
+        log.warning("%s: %d places that are no UTF-8 were replaced by U+FFFD", origin, replaced)
+    return _Part(texts[0] if len(texts) == 1 else _lines(texts), replaced)
 
 
 def _lines(texts: Iterable[str]) -> str:

@@ -44,6 +44,7 @@ class TextSplits:
         test: text for the final measurement.
         tokenizer: what made the token ids.
         sha256: of the text, see `gaudi_jax.data.corpus.Corpus`.
+        replaced: places in the text that were no UTF-8 and became U+FFFD.
     """
 
     train: TokenSplit
@@ -51,6 +52,7 @@ class TextSplits:
     test: TokenSplit
     tokenizer: Tokenizer
     sha256: str
+    replaced: int
 
 
 def load_text(
@@ -91,7 +93,7 @@ def load_text(
         split: _token_split(getattr(corpus, split), encoder, folder)
         for split in ("train", "validation", "test")
     }
-    return TextSplits(**splits, tokenizer=encoder, sha256=corpus.sha256)
+    return TextSplits(**splits, tokenizer=encoder, sha256=corpus.sha256, replaced=corpus.replaced)
 
 
 def train_windows(

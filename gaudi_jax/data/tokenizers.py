@@ -35,13 +35,17 @@ class Tokenizer:
 
     Attributes:
         vocab_size: ids lie in [0, vocab_size).
+        vocabulary_sha256: of the tokens and their ids: where it is the same, a model trained with
+            one tokenizer can read the ids of another.
         fingerprint: sha256 of all that the tokenizer does.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values())
+        self.vocabulary_sha256 = _sha256(json.dumps(vocabulary, sort_keys=True))
+        self.fingerprint = _sha256(backend.to_str())
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
@@ -130,9 +134,8 @@ def load_tokenizer(name: str, corpus: Corpus, *, cache_dir: str | Path) -> Token
         if not rest.isdecimal() or int(rest) < BYTES:
             raise UserError(f"tokenizer {name!r} needs a vocabulary of at least {BYTES}: bpe:512")
         size = int(rest)
-        digest = hashlib.sha256(corpus.train.encode()).hexdigest()
         file = cached(
-            Path(cache_dir) / f"{digest}-bpe-{size}.json",
+            Path(cache_dir) / f"{_sha256(corpus.train)}-bpe-{size}.json",
             lambda f: f.write(_trained(corpus.train, size).to_str().encode()),
         )
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
@@ -209,6 +212,10 @@ def cached(file: Path, write: Callable[[Any], object]) -> Path:
             f"cannot write {file} ({error.strerror}); set data.cache_dir to a folder with room"
         ) from error
     return file
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _trained(text: str, vocab_size: int) -> tokenizers.Tokenizer:

@@ -51,8 +51,8 @@ def generate(
         The new tokens, int32, shape (number of prompts, max_new_tokens).
 
     Raises:
-        UserError: a prompt is empty, longer than `max_length` or holds an id that the model does
-            not know, or an option is out of range.
+        UserError: a prompt is empty, longer than `max_length` or holds something else than ids that
+            the model knows, or an option is out of range.
 
     Example:
         >>> from flax import nnx
@@ -193,13 +193,21 @@ def _check_sampling(
 
 
 def _checked_prompt(prompt: Sequence[int], vocab_size: int, max_length: int) -> np.ndarray:
-    row = np.asarray(prompt, np.int32)
+    row = np.asarray(prompt)
     if row.ndim != 1 or not len(row):
-        raise UserError(f"a prompt of shape {row.shape} is not a list of at least one token id")
+        raise UserError(
+            f"a prompt of shape {row.shape} is not a list of at least one token id; give every "
+            "prompt a list of its own"
+        )
     if len(row) > max_length:
         raise UserError(
             f"a prompt of {len(row)} tokens is longer than max_length={max_length}, what the model "
             "reads at most; cut it"
+        )
+    if not np.issubdtype(row.dtype, np.integer):
+        raise UserError(
+            f"a prompt with {row.tolist()[0]!r} holds no token ids, which are integers; encode it "
+            "with the model's tokenizer"
         )
     if row.min() < 0 or row.max() >= vocab_size:
         unknown = row.min() if row.min() < 0 else row.max()
@@ -207,4 +215,4 @@ def _checked_prompt(prompt: Sequence[int], vocab_size: int, max_length: int) -> 
             f"token id {unknown} of a prompt is outside [0, {vocab_size}); use the tokenizer that "
             "belongs to the model"
         )
-    return row
+    return row.astype(np.int32)

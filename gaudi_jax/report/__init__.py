@@ -1,6 +1,7 @@
 """Reports of runs: tables and pictures. ``python -m gaudi_jax.report WORKDIR`` makes them again."""
 
-from gaudi_jax.report.plots import plot_curves, plot_masks
+from gaudi_jax.report.curves import plot_curves
+from gaudi_jax.report.masks import plot_masks
 from gaudi_jax.report.summary import write_report
 from gaudi_jax.report.tables import summary_table
 

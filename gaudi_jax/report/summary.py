@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from gaudi_jax.cost import cost
 from gaudi_jax.layers import Sigma
-from gaudi_jax.report.plots import plot_curves, plot_masks
+from gaudi_jax.report.curves import plot_curves
+from gaudi_jax.report.masks import plot_masks
 from gaudi_jax.report.tables import summary_table
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.load import load_with_step
@@ -39,7 +40,8 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
         The content of ``summary.json``.
 
     Raises:
-        UserError: the workdir holds no run or no such checkpoint, or its data are gone.
+        UserError: the workdir holds no run or no such checkpoint, or its data are gone or have
+            become others.
 
     Example:
         >>> from gaudi_jax.report import write_report
@@ -81,10 +83,14 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
     text = json.dumps(summary, indent=2, allow_nan=False)
     (workdir / "summary.json").write_text(text + "\n", encoding="utf-8")
     (workdir / "summary.txt").write_text(summary_table(summary) + "\n", encoding="utf-8")
-    if config.controller.name == "budget":
-        plot_curves(rows, workdir / "curves.png", target_of="relative_multiplications")
-    else:
-        plot_curves(rows, workdir / "curves.png", target_of="mean_width")
+    plot_curves(
+        rows,
+        workdir / "curves.png",
+        target_of=(
+            "relative_multiplications" if config.controller.name == "budget" else "mean_width"
+        ),
+        unigram_perplexity=summary.get("unigram_perplexity"),
+    )
     plot_masks(model, workdir / "masks.png")
     return summary
 

@@ -11,11 +11,11 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
     Args:
         summary: the content of a run's `summary.json`. Keys that are missing or None are left out
-            of the text. Accuracies and relative costs are fractions, losses are in nats, `versions`
-            maps packages to versions, `samples` is a list of mappings with "prompt" and
-            "continuation", and `layers` is a list of mappings with
-            "path", "kind", "in_features", "out_features", "multiplications" and "relative", and
-            "applications" if a layer is applied more than once.
+            of the text. Accuracies and relative costs are fractions, losses are in nats,
+            `replaced_utf8` is a number of places, `versions` maps packages to versions, `samples`
+            is a list of mappings with "prompt" and "continuation", and `layers` is a list of
+            mappings with "path", "kind", "in_features", "out_features", "multiplications" and
+            "relative", and "applications" if a layer is applied more than once.
 
     Returns:
         The text, without a newline at its end; empty for an empty summary.
@@ -51,6 +51,7 @@ def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     versions = get("versions") or {}
     return [
         ("Data", _text(get("data"))),
+        ("Places that are no UTF-8", _count(get("replaced_utf8") or None)),
         ("Seed", _text(get("seed"))),
         ("Steps", _count(get("steps"))),
         ("Device", _text(get("device"))),

@@ -34,9 +34,10 @@ def initialise(model: nnx.Module, source: str, config: ConfigDict) -> None:
     and locations stay as the config starts them.
 
     Raises:
-        UserError: it is not there, or has other parameters.
+        UserError: it is not there, has other parameters, or reads other tokens.
     """
     if is_run(source):
+        _check_vocabulary(source, config)
         other = load(source)
         remedy = "initialise from a run with the same model and layer sections, or a dense one"
     else:
@@ -60,6 +61,18 @@ def initialise(model: nnx.Module, source: str, config: ConfigDict) -> None:
     for path, layer in dense_there.items():
         layer.set_kernel(theirs.pop((*path, "kernel"))[...])
     nnx.update(model, nnx.from_flat_state(list(theirs.items())))
+
+
+def _check_vocabulary(source: str, config: ConfigDict) -> None:
+    """Of models of text: the same number of tokens does not make them the same tokens."""
+    theirs = read_config(source)["data"]
+    digests = {data.get("vocabulary_sha256") for data in (theirs, config.data)}
+    if len(digests - {None}) == 2:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer!r} on data.name={config.data.name!r} has "
+            f"another vocabulary than the run in init_from={source}; use its text "
+            f"{theirs['name']!r}, or a tokenizer from files (hf:DIRECTORY) for both"
+        )
 
 
 def moments_of(source: str) -> Moments:

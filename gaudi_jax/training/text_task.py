@@ -52,7 +52,8 @@ class TextTask:
 
         Raises:
             UserError: the text or the tokenizer is unknown, missing or unreadable, an option is out
-                of range, or the model is too small for the tokenizer or the windows.
+                of range, the model is too small for the tokenizer or the windows, or the vocabulary
+                is not the one that the config's run began with.
         """
         data = config.data
         splits = load_text(
@@ -62,9 +63,20 @@ class TextTask:
             test_fraction=data.test_fraction,
             cache_dir=data.cache_dir,
         )
+        vocabulary = splits.tokenizer.vocabulary_sha256
+        if data.get("vocabulary_sha256") not in (None, vocabulary):
+            raise UserError(
+                f"data.tokenizer={data.tokenizer!r} on data.name={data.name!r} has another "
+                "vocabulary than this run began with; use the text that it began with, or a "
+                "tokenizer from files (hf:DIRECTORY)"
+            )
         resolved = config.copy_and_resolve_references()
         model = resolved.model
         with resolved.unlocked():
+            # Part of the config, so that it is known wherever the run goes on or is started from.
+            resolved.data.vocabulary_sha256 = vocabulary
+            if "pretrain" in resolved:  # its model must know the same tokens
+                resolved.pretrain.data.vocabulary_sha256 = vocabulary
             if model.vocab_size is None:
                 model.vocab_size = splits.tokenizer.vocab_size
             if model.context is None:
@@ -159,11 +171,12 @@ class TextTask:
         return -results["loss"]
 
     def remarks(self, model: Any) -> dict[str, Any]:
-        """The text's hash and sizes, the perplexity of its tokens' frequencies, and samples."""
+        """The text's hash, flaws and sizes, the perplexity of its tokens' frequencies, samples."""
         train, test = self.splits.train.tokens, self.splits.test.tokens
         vocab_size = self.splits.tokenizer.vocab_size
         return {
             "corpus_sha256": self.splits.sha256,
+            "replaced_utf8": self.splits.replaced,
             "tokens": {
                 split: len(getattr(self.splits, split).tokens)
                 for split in ("train", "validation", "test")

@@ -28,6 +28,7 @@ DECIDED_BY_DATA = (
     "model.num_classes",
     "model.vocab_size",
     "model.context",
+    "data.vocabulary_sha256",
 )
 
 
@@ -68,27 +69,25 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
 
     Args:
         workdir: directory of a run.
-        config: the config; what the data decide is compared where it has them.
+        config: the config; what the data decide is compared where both have it.
 
     Raises:
         UserError: it holds no run, or that of another config.
     """
     saved, own = _flatten(read_config(workdir)), _flatten(_decode(_encode(config)))
-    known = own | {
-        key: value
-        for key, value in saved.items()
-        if key in DECIDED_BY_DATA and own.get(key) is None
-    }
     missing = object()
-    differing = sorted(
-        key
-        for key in (saved.keys() | known.keys()) - set(NOT_PART_OF_A_RUN)
-        if saved.get(key, missing) != known.get(key, missing)
-    )
-    if differing:
+
+    def differs(key: str) -> bool:
+        name = key.removeprefix("pretrain.")  # the config of a dense phase is one too
+        if name in NOT_PART_OF_A_RUN:
+            return False
+        if name in DECIDED_BY_DATA and None in (saved.get(key), own.get(key)):
+            return False
+        return saved.get(key, missing) != own.get(key, missing)
+
+    if differing := sorted(filter(differs, saved.keys() | own.keys())):
         details = ", ".join(
-            f"{key} is {saved.get(key)!r} there and {known.get(key)!r} here"
-            for key in differing[:3]
+            f"{key} is {saved.get(key)!r} there and {own.get(key)!r} here" for key in differing[:3]
         )
         raise UserError(
             f"workdir {workdir} holds the run of another config ({details}); use another --workdir "
