@@ -56,15 +56,15 @@ def test_bpe_is_deterministic_and_encodes_every_text(tmp_path):
 
 
 def test_a_vocabulary_is_its_tokens_with_their_ids(tmp_path):
-    digest = character_tokenizer("abc").vocabulary_sha256
-    assert character_tokenizer("cabbac").vocabulary_sha256 == digest
-    assert character_tokenizer("abd").vocabulary_sha256 != digest
+    digest = character_tokenizer("abc").vocabulary_digest
+    assert character_tokenizer("cabbac").vocabulary_digest == digest
+    assert character_tokenizer("abd").vocabulary_digest != digest
     first, second = (
         load_tokenizer("bpe:270", corpus_of(text * 20), cache_dir=tmp_path)
         for text in (WORDS, WORDS[::-1])
     )
     assert first.vocab_size == second.vocab_size
-    assert first.vocabulary_sha256 != second.vocabulary_sha256
+    assert first.vocabulary_digest != second.vocabulary_digest
 
 
 def test_a_short_text_yields_fewer_tokens_than_asked_for(tmp_path, caplog):
@@ -81,7 +81,7 @@ def test_saved_tokenizers_come_back_from_their_folder(tmp_path, name):
     tokenizer.save(tmp_path / "saved")
     again = load_tokenizer(f"hf:{tmp_path / 'saved'}", corpus_of("x"), cache_dir=tmp_path)
     assert again.vocab_size == tokenizer.vocab_size
-    assert again.vocabulary_sha256 == tokenizer.vocabulary_sha256
+    assert again.vocabulary_digest == tokenizer.vocabulary_digest
     for text in (WORDS, "the , the . \n"[:4], "  sat\n"):
         np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
         assert again.decode(again.encode(text)) == text

@@ -279,7 +279,7 @@ def test_a_run_goes_on_with_its_own_characters_only(text, other_text, dense):
     resumed = open_task(tiny_text_config(other_text, "layer=dense", steps=2)).config
     resumed.data.name = f"text:{text}"  # the file that has changed keeps its name
     resumed.data.cache_dir = config.data.cache_dir
-    with pytest.raises(UserError, match=r"another config \(data\.vocabulary_sha256 is"):
+    with pytest.raises(UserError, match=r"another config \(data\.vocabulary_digest is"):
         claim_workdir(dense, resumed.to_dict())
 
 

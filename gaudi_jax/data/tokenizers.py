@@ -35,8 +35,8 @@ class Tokenizer:
 
     Attributes:
         vocab_size: ids lie in [0, vocab_size).
-        vocabulary_sha256: of the tokens and their ids: where it is the same, a model trained with
-            one tokenizer can read the ids of another.
+        vocabulary_digest: 16 hex digits that the tokens and their ids decide: where they are the
+            same, a model trained with one tokenizer can read the ids of another.
         fingerprint: sha256 of all that the tokenizer does.
     """
 
@@ -44,7 +44,7 @@ class Tokenizer:
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
-        self.vocabulary_sha256 = _sha256(json.dumps(vocabulary, sort_keys=True))
+        self.vocabulary_digest = _sha256(json.dumps(vocabulary, sort_keys=True))[:16]
         self.fingerprint = _sha256(backend.to_str())
 
     @property

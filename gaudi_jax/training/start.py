@@ -66,7 +66,7 @@ def initialise(model: nnx.Module, source: str, config: ConfigDict) -> None:
 def _check_vocabulary(source: str, config: ConfigDict) -> None:
     """Of models of text: the same number of tokens does not make them the same tokens."""
     theirs = read_config(source)["data"]
-    digests = {data.get("vocabulary_sha256") for data in (theirs, config.data)}
+    digests = {data.get("vocabulary_digest") for data in (theirs, config.data)}
     if len(digests - {None}) == 2:
         raise UserError(
             f"data.tokenizer={config.data.tokenizer!r} on data.name={config.data.name!r} has "

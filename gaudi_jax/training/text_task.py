@@ -63,8 +63,8 @@ class TextTask:
             test_fraction=data.test_fraction,
             cache_dir=data.cache_dir,
         )
-        vocabulary = splits.tokenizer.vocabulary_sha256
-        if data.get("vocabulary_sha256") not in (None, vocabulary):
+        vocabulary = splits.tokenizer.vocabulary_digest
+        if data.get("vocabulary_digest") not in (None, vocabulary):
             raise UserError(
                 f"data.tokenizer={data.tokenizer!r} on data.name={data.name!r} has another "
                 "vocabulary than this run began with; use the text that it began with, or a "
@@ -74,9 +74,9 @@ class TextTask:
         model = resolved.model
         with resolved.unlocked():
             # Part of the config, so that it is known wherever the run goes on or is started from.
-            resolved.data.vocabulary_sha256 = vocabulary
+            resolved.data.vocabulary_digest = vocabulary
             if "pretrain" in resolved:  # its model must know the same tokens
-                resolved.pretrain.data.vocabulary_sha256 = vocabulary
+                resolved.pretrain.data.vocabulary_digest = vocabulary
             if model.vocab_size is None:
                 model.vocab_size = splits.tokenizer.vocab_size
             if model.context is None:

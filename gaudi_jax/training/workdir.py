@@ -28,7 +28,7 @@ DECIDED_BY_DATA = (
     "model.num_classes",
     "model.vocab_size",
     "model.context",
-    "data.vocabulary_sha256",
+    "data.vocabulary_digest",
 )
 
 
@@ -91,7 +91,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
         )
         raise UserError(
             f"workdir {workdir} holds the run of another config ({details}); use another --workdir "
-            "or that run's config"
+            "or that run's config and data"
         )
 
 
