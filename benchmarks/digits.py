@@ -8,22 +8,11 @@ file and not repeated. Choices were made on the validation split; the test split
 """
 
 import argparse
-import csv
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
+from runs import RESULTS, Row, Table, run_all, train
 from tabulate import tabulate
-from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "digits.csv"
 VARIANTS = {
     "dense": "digits_vit_gaudi.py:layer=dense",
     "gaudi": "digits_vit_gaudi.py:layer=gaudi",
@@ -44,46 +33,15 @@ COLUMNS = (
     "validation_accuracy",
     "relative_multiplications",
 )
-ONE_CORE = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-}
+FINISHED = Table(RESULTS / "digits.csv", ("variant", "seed", "seconds", *COLUMNS))
 
 
-def run(variant: str, seed: int) -> dict:
-    with tempfile.TemporaryDirectory() as workdir:
-        start = time.perf_counter()
-        command = [
-            sys.executable,
-            "main.py",
-            f"--config=configs/{VARIANTS[variant]}",
-            f"--config.seed={seed}",
-            f"--workdir={workdir}",
-        ]
-        subprocess.run(
-            command, check=True, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True
-        )
-        summary = json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8"))
-    row = {"variant": variant, "seed": seed, "seconds": round(time.perf_counter() - start)}
-    return row | {name: summary.get(name, "") for name in COLUMNS}
+def run(variant: str, seed: int) -> Row:
+    summary = train(VARIANTS[variant], [f"--config.seed={seed}"])
+    return {"variant": variant, **summary}
 
 
-def read_rows() -> list[dict]:
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(rows: list[dict]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("variant", "seed", "seconds", *COLUMNS))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def table(rows: list[dict]) -> str:
+def table(rows: list[Row]) -> str:
     lines = []
     for variant in VARIANTS:
         chosen = [row for row in rows if row["variant"] == variant]
@@ -113,17 +71,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--variants", default="", help="those that contain this word")
     args = parser.parse_args()
-    done = {(row["variant"], int(row["seed"])) for row in read_rows()}
+    done = {(row["variant"], int(row["seed"])) for row in FINISHED.rows()}
     jobs = [
         (v, s)
         for s in range(args.seeds)
         for v in VARIANTS
         if args.variants in v and (v, s) not in done
     ]
-    with ThreadPoolExecutor(2) as pool:
-        for row in tqdm(pool.map(lambda job: run(*job), jobs), total=len(jobs), unit="run"):
-            write_rows([*read_rows(), row])
-    print(table(read_rows()))
+    run_all(jobs, run, FINISHED)
+    print(table(FINISHED.rows()))
 
 
 if __name__ == "__main__":

@@ -199,8 +199,8 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
     "layer": "gaudi",  # gaudi, low_rank or dense
     "attention": "",  # the same for the attention layers alone
     "mlp": "",  # and for the MLPs alone
-    "recipe": "budget",  # of gaudi: budget (ours) or paper
-    "budget": 0.3,  # multiplications over dense (gaudi with recipe=budget, and low_rank)
+    "recipe": "budget",  # of gaudi: budget, paper or search; of low_rank: search or none
+    "budget": 0.3,  # multiplications over dense (but for gaudi with recipe=paper)
     "smoke": False,
 }
 #: Those of text configs; attention_out is the layer that ends the attention.
@@ -237,7 +237,8 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
     """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
 
     The budget recipe: hard masks from the first step with a smoothed derivative, and a budget of
-    multiplications that falls along a cubic.
+    multiplications that falls along a cubic. The search recipe: dense layers for half of the steps,
+    whose kernels are then compressed by search.
 
     Args:
         config: changed in place; each part of ``config.layer`` gets its layer.
@@ -248,8 +249,8 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
     Raises:
         UserError: the recipe is unknown, the budget is out of range, or an argument has no effect.
     """
-    if args["recipe"] not in ("budget", "paper"):
-        raise UserError(f"unknown recipe {args['recipe']!r}; use budget or paper")
+    if args["recipe"] not in ("budget", "paper", "search"):
+        raise UserError(f"unknown recipe {args['recipe']!r}; use budget, paper or search")
     if not 0 < args["budget"] <= 1:
         raise UserError(f"budget={args['budget']} is outside (0, 1]; give a fraction such as 0.3")
     names = {part: args[part] or args["layer"] for part in config.layer}
@@ -259,6 +260,9 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
         args.reject("budget", because="on dense layers")
     if args["recipe"] == "paper" and "low_rank" not in names.values():
         args.reject("budget", because="on recipe=paper")
+    if args["recipe"] == "search":
+        _use_search(config, args, names)
+        return
     gaudi: dict = {"name": "gaudi", "rank": 1, "granularity": 1}
     if "gaudi" not in names.values():
         args.reject("recipe", because="without Gaudi layers")
@@ -275,6 +279,35 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
     with config.unlocked():
         for part, name in names.items():
             config.layer[part] = ConfigDict(options.get(name, {"name": name}))
+
+
+def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> None:
+    """Trains dense layers for a while, compresses them, and goes on."""
+    kinds = set(names.values()) - {"dense"}
+    if not kinds:
+        args.reject("recipe", because="on dense layers")
+    if len(kinds) > 1:
+        raise UserError("recipe=search makes all layers of one kind, or dense; choose one")
+    own_out = "attention_out" in names
+    paths = {
+        "attention": "attention/(qkv|query|key|value)" if own_out else "attention/.*",
+        "attention_out": "attention/out",
+        "mlp": "mlp/.*",
+    }
+    config.compress.update(
+        method=kinds.pop(),
+        stages=((0.5, args["budget"]),),
+        rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
+        calibration_batches=16,
+    )
+    _keep_structure(config)
+
+
+def _keep_structure(config: ConfigDict) -> None:
+    """The structure stays as the search finds it; its factors learn faster (docs/results.md)."""
+    config.optimizer.update(
+        factor_scale=4.0, structural_learning_rate=0.0, location_learning_rate=0.0
+    )
 
 
 def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> None:
@@ -309,9 +342,7 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
         granularity=args["granularity"],
         calibration_batches=16,
     )
-    config.optimizer.update(
-        factor_scale=4.0, structural_learning_rate=0.0, location_learning_rate=0.0
-    )
+    _keep_structure(config)
 
 
 def use_smoke_text(config: ConfigDict) -> None:
@@ -320,6 +351,7 @@ def use_smoke_text(config: ConfigDict) -> None:
     config.model.update(preset="", dtype="float32")
     with config.unlocked():
         config.model.update(width=32, depth=2, heads=2)
+    config.compress.update(rounds=4, calibration_batches=4)
     config.train.update(steps=60, accumulate=min(config.train.accumulate, 2))
     config.train.update(log_every=5, eval_every=20)
     config.checkpoint.every = 20
@@ -342,5 +374,6 @@ def use_smoke_data(config: ConfigDict, args: Arguments, image_size: int) -> None
     config.model.preset = ""
     with config.unlocked():
         config.model.update(patch_size=image_size // 4, width=64, depth=2, heads=4)
+    config.compress.update(rounds=4, calibration_batches=4)
     config.train.update(steps=60, log_every=5, eval_every=20)
     config.checkpoint.every = 20

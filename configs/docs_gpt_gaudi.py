@@ -3,8 +3,8 @@
     python main.py --config=configs/docs_gpt_gaudi.py
     python main.py --config=configs/docs_gpt_gaudi.py:layer=dense
 
-Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper``, ``budget=0.5``, ``smoke``;
-``attention=``, ``attention_out=`` and ``mlp=`` choose the layers of a part.
+Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper|search``, ``budget=0.5``,
+``smoke``; ``attention=``, ``attention_out=`` and ``mlp=`` choose the layers of a part.
 
 The text is the half megabyte of documentation that Python carries, so that nothing is downloaded;
 it differs from one Python version to the next (its hash is in the summary). Its tokens are 512

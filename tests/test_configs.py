@@ -7,7 +7,9 @@ from gaudi_jax.training import loop
 
 
 @pytest.mark.parametrize("module", [cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi])
-@pytest.mark.parametrize("arguments", [None, "layer=dense", "recipe=paper", "smoke"])
+@pytest.mark.parametrize(
+    "arguments", [None, "layer=dense", "recipe=paper", "recipe=search", "smoke"]
+)
 def test_configs_build(module, arguments):
     config = module.get_config(arguments)
     with config.unlocked():
@@ -28,6 +30,8 @@ def test_configs_build(module, arguments):
         ("layer=dense,attention=gaudi,mlp=low_rank", "'layer' has no effect beside attention"),
         ("smoke,data=folder:here", "'data' has no effect beside smoke"),
         ("epochs=3,smoke", "'epochs' has no effect beside smoke"),
+        ("recipe=search,layer=dense", "'recipe' has no effect on dense layers"),
+        ("recipe=search,attention=low_rank", "all layers of one kind"),
         ("recipe=magic", "unknown recipe 'magic'"),
         ("budget=0", r"budget=0.0 is outside \(0, 1\]"),
         ("smoke=True", "'smoke=True' must be written smoke"),

@@ -144,9 +144,9 @@ class GaudiFactory:
         sigma: initial sigma of the masks; infinity for hard masks.
         round_to_grid: whether masks are rounded in training too.
         backward_smoothing: of the masks' derivative, in cells.
-        widths: initial widths, "split" or "leading".
-        density: of either; None for the dense cost.
-        locations: initial locations, "zero" or "spaced".
+        widths: initial widths, "split", "leading" or "random".
+        density: of each; None for the dense cost.
+        locations: initial locations, "zero", "spaced" or "random".
 
     Raises:
         UserError: a choice is unknown, or the density is out of range.
@@ -185,20 +185,30 @@ class GaudiFactory:
         )
 
     def _width_init(self) -> initializers.StructureInit:
-        if self.widths == "split":
-            return initializers.split_widths(self.density)
-        if self.widths == "leading":
-            return initializers.leading_widths(self.density)
-        raise UserError(f"unknown initial widths {self.widths!r}; use 'split' or 'leading'")
+        if self.widths not in _WIDTHS:
+            raise UserError(
+                f"unknown initial widths {self.widths!r}; use {', '.join(sorted(_WIDTHS))}"
+            )
+        return _WIDTHS[self.widths](self.density)
 
     def _location_init(self) -> initializers.StructureInit:
-        if self.locations == "zero":
-            return initializers.zero_locations()
-        if self.locations == "spaced":
-            return initializers.spaced_locations()
-        raise UserError(f"unknown initial locations {self.locations!r}; use 'zero' or 'spaced'")
+        if self.locations not in _LOCATIONS:
+            raise UserError(
+                f"unknown initial locations {self.locations!r}; use {', '.join(sorted(_LOCATIONS))}"
+            )
+        return _LOCATIONS[self.locations]()
 
 
+_WIDTHS = {
+    "split": initializers.split_widths,
+    "leading": initializers.leading_widths,
+    "random": initializers.random_widths,
+}
+_LOCATIONS = {
+    "zero": initializers.zero_locations,
+    "spaced": initializers.spaced_locations,
+    "random": initializers.random_locations,
+}
 _FACTORIES: dict[str, Any] = {
     "dense": DenseFactory,
     "low_rank": LowRankFactory,

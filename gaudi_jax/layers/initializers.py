@@ -6,6 +6,7 @@ is the input axis, row 1 the output axis. All are traceable.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -63,6 +64,28 @@ def leading_widths(density: float | None = None) -> StructureInit:
     return init
 
 
+def random_widths(density: float | None = None) -> StructureInit:
+    """Uniform between 0 and twice the mean, at a cost of about `split_widths`.
+
+    Args:
+        density: see there.
+
+    Example:
+        >>> import jax
+        >>> from gaudi_jax.layers.initializers import random_widths
+        >>> widths = random_widths(0.25)(jax.random.key(0), 64, 64, 64, 1)
+        >>> bool(widths.max() <= 0.5), round(float(widths.mean()), 1)
+        (True, 0.2)
+    """
+    _check_density(density)
+
+    def init(key, in_features, out_features, num_blocks, rank):
+        mean = _full_blocks(density, in_features, out_features, num_blocks, rank) / num_blocks
+        return jax.random.uniform(key, (2, num_blocks), maxval=min(2 * mean, 1.0))
+
+    return init
+
+
 def zero_locations() -> StructureInit:
     """All intervals start at place 0.
 
@@ -85,6 +108,20 @@ def spaced_locations() -> StructureInit:
     """
     return lambda key, in_features, out_features, num_blocks, rank: jnp.tile(
         jnp.arange(num_blocks, dtype=jnp.float32) / num_blocks, (2, 1)
+    )
+
+
+def random_locations() -> StructureInit:
+    """Intervals start anywhere.
+
+    Example:
+        >>> import jax
+        >>> from gaudi_jax.layers.initializers import random_locations
+        >>> random_locations()(jax.random.key(0), 8, 8, 4, 1).shape
+        (2, 4)
+    """
+    return lambda key, in_features, out_features, num_blocks, rank: jax.random.uniform(
+        key, (2, num_blocks)
     )
 
 

@@ -1,0 +1,250 @@
+"""What learned structure is worth: methods x budgets x seeds on several tasks.
+
+    python benchmarks/learning.py --text shakespeare.txt [--tasks digits shakespeare]
+        [--methods WORD ...] [--budgets 0.25 0.125] [--seeds 5]
+    python benchmarks/learning.py --quick
+
+Trains every combination through ``main.py``, two runs at a time with one core each. Finished runs
+are kept in ``benchmarks/results/learning.csv`` and not repeated. Choices are made on the validation
+split; the test split is read once, at the end of a run. Prints a table for each task and draws
+``benchmarks/results/learning-TASK.png``. ``--quick`` trains one seed on digits for 300 steps, and
+keeps nothing.
+
+*Matched* low-rank gets the costs of the Gaudi run of the same seed, layer by layer: as many columns
+as cost at least as much.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from runs import RESULTS, ROOT, Row, Table, run_all, train
+from tabulate import tabulate
+
+COLUMNS = (
+    *("task", "method", "budget", "seed", "seconds"),
+    *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"),
+    *("cost", "layers"),
+)
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        config: file, with the arguments that are the same for all methods.
+        options: of the command line, likewise.
+        width: of the model.
+        measure: what its table and its picture show.
+        paper_targets: mean widths at which the published recipe ends near each budget.
+        full_width: for each part of a block, the share of its blocks that costs as much at full
+            width as the dense layer.
+    """
+
+    config: str
+    options: tuple[str, ...]
+    width: int
+    measure: str
+    paper_targets: dict[float, float]
+    full_width: dict[str, float]
+
+
+def tasks(text: str) -> dict[str, Task]:
+    return {
+        "digits": Task(
+            "digits_vit_gaudi.py:",
+            ("--config.model.width=96",),
+            96,
+            "accuracy",
+            {0.25: 0.15, 0.125: 0.08},
+            {"attention": 1 / 2, "mlp": 4 / 5},
+        ),
+        "shakespeare": Task(
+            f"shakespeare_gpt_gaudi.py:size=cpu,text={text},",
+            ("--config.data.validation_fraction=0.05", "--config.data.test_fraction=0.05"),
+            128,
+            "loss",
+            {0.25: 0.15, 0.125: 0.08},
+            {"attention": 3 / 4, "attention_out": 1 / 2, "mlp": 4 / 5},
+        ),
+    }
+
+
+SEARCH = "Gaudi, search"
+MATCHED = "low-rank, matched to Gaudi, search"
+FROZEN = (
+    "--config.optimizer.structural_learning_rate=0.0",
+    "--config.optimizer.location_learning_rate=0.0",
+)
+
+
+def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Arguments of the config, and options of the command line."""
+    own = f"budget={budget}"
+    random = [
+        f"--config.layer.{part}.{option}"
+        for part, full_width in task.full_width.items()
+        for option in ("widths=random", "locations=random", f"density={full_width * budget}")
+    ]
+    return {
+        "dense": ("layer=dense", ()),
+        "low-rank, uniform": (f"layer=low_rank,{own}", ()),
+        "low-rank, search": (f"layer=low_rank,recipe=search,{own}", ()),
+        MATCHED: (f"layer=low_rank,recipe=search,{own}", ()),
+        "Gaudi, budget": (f"layer=gaudi,{own}", ()),
+        "Gaudi, controller only": (f"layer=gaudi,{own}", FROZEN),
+        "Gaudi, frozen random": (
+            f"layer=gaudi,{own}",
+            (*FROZEN, "--config.controller.name=none", *random),
+        ),
+        "Gaudi, paper": (
+            "layer=gaudi,recipe=paper",
+            (f"--config.controller.target={task.paper_targets[budget]}",),
+        ),
+        SEARCH: (f"layer=gaudi,recipe=search,{own}", ()),
+        "Gaudi, search, grid 1/8": (
+            f"layer=gaudi,recipe=search,{own}",
+            (f"--config.compress.granularity={task.width // 8}",),
+        ),
+    }
+
+
+def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Sequence[str]) -> Row:
+    arguments, options = methods(task, budget)[method]
+    options = (*task.options, f"--config.seed={seed}", *options, *extra)
+    if method == MATCHED:
+        options = (*options, *_matched(name, budget, seed))
+    picture = RESULTS / "structures" / f"{name}-{method.replace(', ', '-')}-{budget}.png"
+    summary = train(
+        task.config + arguments, options, keep=picture if seed == 0 and not extra else None
+    )
+    costs = {
+        layer["path"]: [
+            layer["in_features"],
+            layer["out_features"],
+            layer["multiplications"] // (layer.get("applications") or 1),
+        ]
+        for layer in summary["layers"]
+    }
+    blocks = [cost for path, cost in costs.items() if path.startswith("blocks")]
+    return {
+        "task": name,
+        "method": method,
+        "budget": 1.0 if method == "dense" else budget,
+        "seed": seed,
+        "seconds": summary["seconds"],
+        "validation_loss": summary["validation_loss"],
+        "validation_accuracy": summary.get("validation_accuracy", ""),
+        "test_loss": summary["test_loss_hard"],
+        "test_accuracy": summary.get("test_accuracy_hard", ""),
+        "cost": sum(c for *_, c in blocks) / sum(n * m for n, m, _ in blocks),
+        "layers": json.dumps(costs),
+    }
+
+
+def _matched(name: str, budget: float, seed: int) -> list[str]:
+    """Each layer's budget from what it costs in the Gaudi run, in whole columns, rounded up."""
+    wanted = name, SEARCH, f"{budget}", f"{seed}"
+    row = next(
+        row
+        for row in FINISHED.rows()
+        if (row["task"], row["method"], row["budget"], row["seed"]) == wanted
+    )
+    rules = []
+    for path, (n, m, cost) in json.loads(row["layers"]).items():
+        if path.startswith("blocks"):
+            columns = math.ceil(cost / (n + m))
+            rules.append((path, min(columns * (n + m), n * m) / (n * m)))
+    return [f"--config.compress.rules={tuple(rules)}", "--config.compress.allocation=uniform"]
+
+
+FINISHED = Table(RESULTS / "learning.csv", COLUMNS)
+
+
+def table(rows: Sequence[Row], measure: str) -> str:
+    lines = []
+    for key in dict.fromkeys((row["method"], row["budget"]) for row in rows):
+        chosen = [row for row in rows if (row["method"], row["budget"]) == key]
+        cells = [_mean(chosen, f"{split}_{measure}") for split in ("validation", "test")]
+        lines.append((*key, len(chosen), *cells, _mean(chosen, "cost"), _mean(chosen, "seconds")))
+    headers = ("layers", "budget", "seeds", f"validation {measure}", f"test {measure}")
+    return tabulate(lines, (*headers, "cost", "seconds"), tablefmt="github")
+
+
+def _mean(rows: Sequence[Row], column: str) -> str:
+    """Mean and standard error."""
+    values = np.array([row[column] for row in rows], float)
+    digits = 0 if column == "seconds" else 4
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / math.sqrt(len(values)):.{digits}f}"
+
+
+def plot(rows: Sequence[Row], task: str, measure: str) -> None:
+    """Test results against cost, with standard errors."""
+    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = []
+        for budget in sorted({row["budget"] for row in rows if row["method"] == method}):
+            chosen = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
+            values = np.array([row[f"test_{measure}"] for row in chosen], float)
+            error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            cost = np.mean([float(row["cost"]) for row in chosen])
+            points.append((cost, values.mean(), error))
+        x, y, error = zip(*points, strict=True)
+        axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=method)
+    axes.set(
+        xlabel="multiplications of the blocks over dense", ylabel=f"test {measure}", title=task
+    )
+    axes.legend(fontsize=7)
+    figure.savefig(RESULTS / f"learning-{task}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", default="shakespeare.txt", help="path of tinyshakespeare")
+    parser.add_argument("--tasks", nargs="+", default=["digits", "shakespeare"])
+    parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a few minutes, nothing is kept")
+    args = parser.parse_args()
+    known, extra = tasks(str((ROOT / args.text).resolve())), []
+    if args.quick:
+        args.tasks, args.budgets, args.seeds = ["digits"], [0.25], 1
+        extra = ["--config.train.steps=300", "--config.compress.rounds=10"]
+        FINISHED.path = Path(tempfile.mkdtemp()) / "learning.csv"
+    done = {
+        (row["task"], row["method"], float(row["budget"]), int(row["seed"]))
+        for row in FINISHED.rows()
+    }
+    jobs = [
+        (name, known[name], method, budget, seed, extra)
+        for seed in range(args.seeds)
+        for name in args.tasks
+        for number, budget in enumerate(args.budgets)
+        for method in methods(known[name], budget)
+        if any(word in method for word in args.methods)
+        and (name, method, 1.0 if method == "dense" else budget, seed) not in done
+        and not (method == "dense" and number)
+    ]
+    # The Gaudi runs come first: the matched ones need their costs.
+    for matched in (False, True):
+        run_all([job for job in jobs if (job[2] == MATCHED) == matched], run, FINISHED)
+    for name in args.tasks:
+        rows = [row for row in FINISHED.rows() if row["task"] == name]
+        if rows:
+            print(f"\n{name}\n\n{table(rows, known[name].measure)}")
+            if not args.quick:
+                plot(rows, name, known[name].measure)
+
+
+if __name__ == "__main__":
+    main()
