@@ -182,8 +182,8 @@ class Checkpointer:
             steps = [int(chosen)]
         damaged: list[int] = []
         for candidate in reversed(steps):
+            wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
             try:
-                wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
                 state, iterator_state = self._read(candidate, wanted)
             except UserError:
                 raise
