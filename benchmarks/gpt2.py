@@ -6,7 +6,7 @@
 
 The plain step is what one would write without this library: `nnx.Linear`, `nnx.Optimizer`,
 `nnx.jit`. All steps are made in one process, interleaved and warm, on one batch that is there
-already; medians are shown. With ``--preset`` the model is a published one on windows of 1024 random
+already, without dropout; medians are shown. With ``--preset`` the model is a published one on windows of 1024 random
 tokens in bfloat16. *Share of peak* counts 6 operations for each multiplication of the dense twin's
 linear layers, and attention's own, over ``--peak`` teraflops a second.
 """
@@ -140,6 +140,7 @@ def open_config(name: str, layer: str, args: argparse.Namespace) -> Task:
     file, _, arguments = ("gpt2_gaudi.py:smoke" if args.preset else name).partition(":")
     module = importlib.import_module(f"configs.{file.removesuffix('.py')}")
     config = module.get_config(",".join(filter(None, [arguments, f"layer={layer}"])))
+    config.model.dropout = 0.0  # which the plain model has not
     if args.batch:
         config.data.batch_size = args.batch
     task: Any = open_task(config)
