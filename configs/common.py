@@ -299,6 +299,7 @@ def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> N
         stages=((0.5, args["budget"]),),
         rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
         calibration_batches=16,
+        rounds=20,  # what is trained on need not be found to the last digit
     )
     _keep_structure(config)
 
