@@ -6,9 +6,10 @@
 
 The plain step is what one would write without this library: `nnx.Linear`, `nnx.Optimizer`,
 `nnx.jit`. All steps are made in one process, interleaved and warm, on one batch that is there
-already, without dropout; medians are shown. With ``--preset`` the model is a published one on windows of 1024 random
-tokens in bfloat16. *Share of peak* counts 6 operations for each multiplication of the dense twin's
-linear layers, and attention's own, over ``--peak`` teraflops a second.
+already, without dropout; medians are shown. With ``--preset`` the model is a published one on
+windows of 1024 random tokens in bfloat16. *Share of peak* counts 6 operations for each
+multiplication of the dense twin's linear layers, and attention's own, over ``--peak`` teraflops a
+second.
 """
 
 import argparse
