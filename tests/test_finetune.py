@@ -118,6 +118,7 @@ def test_starting_from_another_run(finished, tmp_path):
         ({"stages": ((0.0, 1e-4),)}, "budget=0.0001"),
         ({"stages": ()}, r"stages=\(\) must hold pairs"),
         ({"stages": (0.5, 0.25)}, "must hold pairs"),
+        ({"stages": ((0.5, "a"),)}, "must hold pairs"),
         ({"stages": ((0.5, 0.5), (0.2, 0.5))}, "must begin at rising shares"),
         ({"stages": ((1.0, 0.5),)}, "must begin at rising shares"),
         ({"rounds": 0}, "compress.rounds=0"),

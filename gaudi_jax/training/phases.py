@@ -10,7 +10,7 @@ the model's layers are compressed to that budget.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -56,7 +56,7 @@ def phases(config: ConfigDict) -> list[Phase]:
     steps, stages = config.train.steps, config.compress.stages
     if config.compress.method == "none":
         return [Phase(0, 0, steps, None)]
-    if not stages or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in stages):
+    if not stages or not all(map(_is_stage, stages)):
         raise UserError(
             f"compress.stages={stages} must hold pairs (share of the steps, budget), such as "
             "((0.5, 0.25),)"
@@ -74,6 +74,14 @@ def phases(config: ConfigDict) -> list[Phase]:
         Phase(number, first, last, budget)
         for number, ((first, budget), last) in enumerate(zip(begins, ends, strict=True))
     ]
+
+
+def _is_stage(pair: Any) -> bool:
+    return (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and all(isinstance(number, int | float) for number in pair)
+    )
 
 
 def phase_of(config: ConfigDict, step: int) -> Phase:
