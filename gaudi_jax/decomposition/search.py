@@ -62,10 +62,12 @@ def search(
         added, count = add_blocks(
             jax.random.fold_in(key, i), error, blocks, blocks.live.sum(), price, axes, limit
         )
+
+        def refit(_, both):
+            return sweep(both[0], both[1], count, price, axes)
+
         # A loop of the compiler's: a sweep takes seconds to compile.
-        error, blocks = lax.fori_loop(
-            0, SWEEPS, lambda _, both: sweep(*both, count, price, axes), (error, added)
-        )
+        error, blocks = lax.fori_loop(0, SWEEPS, refit, (error, added))
         blocks = blocks.live_first()
         now = axes.multiplications(blocks.length, rank) / (AIM * budget)
         overshot = overshot | (now > 1)
