@@ -114,6 +114,28 @@ def test_rank_and_grid(rank, granularity):
     assert_on_intervals(factors, granularity)
 
 
+@pytest.mark.parametrize(("rank", "granularity"), [(1, 1), (8, 1), (8, 8)])
+@pytest.mark.parametrize("moment", [None, second_moment()])
+def test_small_budgets_are_used(rank, granularity, moment):
+    smooth = jnp.outer(jnp.linspace(1, 2, 32), jnp.linspace(2, 1, 24))
+    for w in (kernel(), jnp.ones(SHAPE), smooth):
+        errors = []
+        # From a single block of a few cells to several of full width; such a block costs 56 rank.
+        for cost in (130, 300, 440, 700):
+            factors = decompose(
+                w,
+                (cost + 0.5) / w.size,
+                rank=rank,
+                granularity=granularity,
+                second_moment=moment,
+                rounds=ROUNDS,
+            )
+            assert int(factors.multiplications()) <= cost
+            errors.append(float(relative_error(w, factors.kernel(), moment)))
+        assert errors[0] < 0.995
+        assert all(np.diff(errors) < 0.02)
+
+
 def test_many_parallel_columns():
     w = kernel()[:, :2] @ kernel(1)[:2]
     factors = decompose(w + 1e-7 * kernel(2), 1.5, rank=8, granularity=8, rounds=ROUNDS)

@@ -80,6 +80,19 @@ class PlainAxis:
         """Value, start and length of the best windows, for gains as `own_energies` orders them."""
         return best_windows(gains)
 
+    def window_energies(
+        self, energies: Float[Array, "S cells"], start: Array, length: Array
+    ) -> Float[Array, " S"]:
+        """What whole windows take off the error."""
+        return jnp.where(window_mask(start, length, self.cells, 1), energies, 0).sum(axis=1)
+
+    def edges(
+        self, energies: Float[Array, "S cells"], start: Array, length: Array
+    ) -> Float[Array, "2 S"]:
+        """What the first and the last cell of each window take off the error."""
+        places = jnp.stack([start, (start + length - 1) % self.cells])
+        return energies[jnp.arange(len(start)), places]
+
     def random_windows(self, key: Array, count: int) -> tuple[Array, Array]:
         """Starts and lengths, log-uniform in length."""
         start_key, length_key = jax.random.split(key)
@@ -134,7 +147,7 @@ class WeightedAxis:
         """The anchor of the best window of each block."""
         z = jnp.einsum("aij,brj->abri", self.inverses, h)
         gains = cell_energies(z, self.cells) - price * h.shape[1] * self.cell
-        return jnp.argmax(best_prefixes(gains)[0], axis=0)
+        return jnp.argmax(best_prefixes(gains)[0], axis=0).astype(jnp.int32)
 
     def fit(self, h: Float[Array, "rank n"], anchor: Array, price: float | Array) -> Fit:
         """The factor on the best window from an anchor at a price per multiplication."""
@@ -166,6 +179,19 @@ class WeightedAxis:
         """Value, start and length of the best windows, for gains as `own_energies` orders them."""
         value, length = best_prefixes(gains)
         return value, start, length
+
+    def window_energies(
+        self, energies: Float[Array, "S cells"], start: Array, length: Array
+    ) -> Float[Array, " S"]:
+        """What whole windows take off the error; energies begin at their anchors."""
+        return jnp.where(window_mask(0 * start, length, self.cells, 1), energies, 0).sum(axis=1)
+
+    def edges(
+        self, energies: Float[Array, "S cells"], start: Array, length: Array
+    ) -> Float[Array, "2 S"]:
+        """What each window's last cell takes off the error; the first one is its anchor."""
+        last = energies[jnp.arange(len(start)), length - 1]
+        return jnp.stack([jnp.full_like(last, jnp.inf), last])
 
     def random_windows(self, key: Array, count: int) -> tuple[Array, Array]:
         """Anchored starts, and lengths, log-uniform."""

@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 from gaudi_jax.decomposition.axes import Axis
 from gaudi_jax.decomposition.sweeps import Axes, Blocks, orthonormalise
 
-#: Blocks sought at once.
-CANDIDATES = 32
+#: Columns of the blocks sought at once, and the fewest blocks.
+COLUMNS, FEWEST = 32, 8
 #: Power iterations inside random windows, and then with windows that move.
 FIXED_STEPS, FREE_STEPS = 3, 5
 #: A candidate whose cosine with a better one exceeds this is passed over.
@@ -59,9 +59,10 @@ def _candidates(
 ) -> tuple[Blocks, Float[Array, " K"]]:
     """Blocks from power iterations on the error, and what each would take off the goal."""
     in_key, out_key, u_key = jax.random.split(key, 3)
-    start_in, length_in = axes.input.random_windows(in_key, CANDIDATES)
-    start_out, length_out = axes.output.random_windows(out_key, CANDIDATES)
-    u = jax.random.normal(u_key, (CANDIDATES, rank, error.shape[1]))
+    count = max(COLUMNS // rank, FEWEST)
+    start_in, length_in = axes.input.random_windows(in_key, count)
+    start_out, length_out = axes.output.random_windows(out_key, count)
+    u = jax.random.normal(u_key, (count, rank, error.shape[1]))
 
     def refit(axis: Axis, h, start, length):
         return _normalise(axis, _each(axis.refit, h, start, length))
@@ -87,8 +88,8 @@ def _candidates(
         energy = jnp.square(u_fit.factor).sum((1, 2))
         return v, _normalise(axes.output, u_fit.factor), start, length, energy
 
-    none = jnp.zeros((2, CANDIDATES), jnp.int32)
-    begin = (jnp.zeros((*u.shape[:2], error.shape[0])), u, none, none, jnp.zeros(CANDIDATES))
+    none = jnp.zeros((2, count), jnp.int32)
+    begin = (jnp.zeros((*u.shape[:2], error.shape[0])), u, none, none, jnp.zeros(count))
     v, u, start, length, energy = lax.fori_loop(0, FREE_STEPS, free_step, begin)
     cells = jnp.array([axes.input.cell, axes.output.cell])
     rent = price * rank * (length * cells[:, None]).sum(axis=0)

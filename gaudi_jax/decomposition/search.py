@@ -19,6 +19,8 @@ ROUNDS = 40
 #: clear structure, the careful one tells separate blocks apart.
 QUICK, CAREFUL = 0.06, 0.03
 SWEEPS = 2
+#: Most rounds that are added while the blocks cost less than the budget.
+EXTRA_ROUNDS = 8
 #: The search aims above the budget; landing takes the excess off.
 AIM = 1.01
 #: Before the first overshoot the price falls by the second factor a round, and by the first one
@@ -56,8 +58,13 @@ def search(
     pace = jnp.maximum(1.0, ROUNDS / rounds)
     limit = jnp.maximum(1, share * slots * pace)
 
-    def round_step(i, carry):
-        blocks, price, overshot, used = carry
+    def unfinished(carry):
+        i, *_, used = carry
+        # Landing takes off what is too much; it adds nothing.
+        return (i < rounds) | ((used < 1) & (i < rounds + EXTRA_ROUNDS))
+
+    def round_step(carry):
+        i, blocks, price, overshot, used = carry
         error = weighed_error(kernel, blocks, axes)
         added, count = add_blocks(
             jax.random.fold_in(key, i), error, blocks, blocks.live.sum(), price, axes, limit
@@ -73,11 +80,12 @@ def search(
         overshot = overshot | (now > 1)
         steer = jnp.where(now > 1, jnp.minimum(1.5, now**2), jnp.maximum(0.7, now**2))
         fall = jnp.where(now - used < PLATEAU, FAST, SLOW) ** pace
-        return blocks, price * jnp.where(overshot, steer, fall), overshot, now
+        return i + 1, blocks, price * jnp.where(overshot, steer, fall), overshot, now
 
     started = begin.live.any()
     first = jnp.where(started, _warm_price(begin, axes), _cold_price(kernel, budget, axes))
-    blocks, *_ = lax.fori_loop(0, rounds, round_step, (begin, first, started, jnp.float32(0)))
+    state = (jnp.int32(0), begin, first, started, jnp.float32(0))
+    _, blocks, *_ = lax.while_loop(unfinished, round_step, state)
     return _land(kernel, budget, blocks, axes)
 
 
@@ -163,7 +171,7 @@ def _land(kernel: Float[Array, "in out"], budget: Array, blocks: Blocks, axes: A
 
 
 def _trim(blocks: Blocks, goal: Array, axes: Axes) -> Blocks:
-    """Shrinks windows, and drops blocks, at the lowest price at which they cost no more."""
+    """Shrinks windows, and drops blocks, by one price, and what is still too much by cells."""
     rank = blocks.v.shape[1]
     e_in, e_out = _energies(blocks, axes)
     (start_in, start_out), (cell_in, cell_out) = blocks.start, (axes.input.cell, axes.output.cell)
@@ -184,16 +192,19 @@ def _trim(blocks: Blocks, goal: Array, axes: Axes) -> Blocks:
         middle = jnp.sqrt(low * high)
         found = windows(middle)
         over = axes.multiplications(found[1], rank) > goal
-        start, length = (jnp.where(over, x, y) for x, y in zip(kept, found, strict=True))
+        start, length = (jnp.where(over, y, x) for x, y in zip(kept, found, strict=True))
         return jnp.where(over, middle, low), jnp.where(over, high, middle), start, length
 
+    # The windows are kept, not their price: just below the one at which a block dies, found again
+    # it may be dead.
     everything = e_in.sum() + 1e-30  # at this price nothing lives
-    none = jnp.zeros_like(blocks.start)
+    nothing = 1e-12 * everything
     _, _, start, length = lax.fori_loop(
-        0, BISECTIONS, halve, (1e-12 * everything, everything, none, none)
+        0, BISECTIONS, halve, (nothing, everything, *windows(nothing))
     )
     fits = axes.multiplications(blocks.length, rank) <= goal
     start, length = jnp.where(fits, blocks.start, start), jnp.where(fits, blocks.length, length)
+    start, length = _shave(start, length, (e_in, e_out), goal, axes, rank)
     inside = [
         window_mask(start[i], length[i], axis.cells, axis.cell)[:, None]
         for i, axis in enumerate(axes)
@@ -201,3 +212,39 @@ def _trim(blocks: Blocks, goal: Array, axes: Axes) -> Blocks:
     return Blocks(
         jnp.where(inside[0], blocks.v, 0), jnp.where(inside[1], blocks.u, 0), start, length
     )
+
+
+def _shave(
+    start: Array, length: Array, energies: tuple[Array, Array], goal: Array, axes: Axes, rank: int
+) -> tuple[Array, Array]:
+    """Drops the edge cells that are worth least, until the windows cost no more than the goal.
+
+    One price for all would let blocks that are worth the same die together.
+    """
+    counts = jnp.array([axis.cells for axis in axes])
+    cells = jnp.array([axis.cell for axis in axes])
+    inside = jnp.stack(
+        [axis.window_energies(energies[i], start[i], length[i]) for i, axis in enumerate(axes)]
+    )
+
+    def too_much(state):
+        return axes.multiplications(state[1], rank) > goal
+
+    def drop(state):
+        start, length, left = state
+        edges = jnp.stack(
+            [axis.edges(energies[i], start[i], length[i]) for i, axis in enumerate(axes)]
+        )
+        # What one axis has lost is missing from the cells of the other one.
+        share = (left / jnp.maximum(inside, 1e-30))[::-1]
+        price = share[:, None] * edges / cells[:, None, None]
+        # With the last cell of an axis a whole block goes: only when it is a single cell.
+        droppable = (length > 1) | (length == 1).all(axis=0)
+        price = jnp.where(droppable[:, None], price, jnp.inf)
+        axis, side, block = jnp.unravel_index(jnp.argmin(price), price.shape)
+        left = left.at[axis, block].add(-edges[axis, side, block])
+        start = start.at[axis, block].add(jnp.where(side == 0, 1, 0)) % counts[:, None]
+        length = length.at[axis, block].add(-1)
+        return start, jnp.where((length > 0).all(axis=0), length, 0), left
+
+    return lax.while_loop(too_much, drop, (start, length, inside))[:2]

@@ -42,10 +42,10 @@ def best_windows(
 def _best_plain_window(prefix: Array) -> tuple[Array, Array, Array]:
     """Greatest rise of a prefix sum: value, place of its foot, and length."""
     rise = prefix - lax.cummin(prefix, axis=prefix.ndim - 1)
-    end = jnp.argmax(rise, axis=-1)
+    end = jnp.argmax(rise, axis=-1).astype(jnp.int32)
     places = jnp.arange(prefix.shape[-1])
     before = jnp.where(places <= end[..., None], prefix, jnp.inf)
-    start = jnp.argmin(before, axis=-1)
+    start = jnp.argmin(before, axis=-1).astype(jnp.int32)
     return rise.max(axis=-1), start, end - start
 
 
@@ -61,7 +61,7 @@ def best_prefixes(
         [4, 3]
     """
     sums = jnp.cumsum(gains, axis=-1)
-    return sums.max(axis=-1), jnp.argmax(sums, axis=-1) + 1
+    return sums.max(axis=-1), jnp.argmax(sums, axis=-1).astype(jnp.int32) + 1
 
 
 def window_mask(
