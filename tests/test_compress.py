@@ -209,6 +209,11 @@ def test_a_plan_of_another_model_is_one_sentence(encoder, compressed):
         plan_table(plan | {"format": 7})
     with pytest.raises(UserError, match="the plan lacks left"):
         plan_table({key: value for key, value in plan.items() if key != "left"})
+    with pytest.raises(UserError, match="layers of the plan is a list"):
+        gaudi_jax.rebuild(encoder, plan | {"layers": []})
+    odd = {path: entry | {"method": "magic"} for path, entry in plan["layers"].items()}
+    with pytest.raises(UserError, match="unknown method 'magic'"):
+        gaudi_jax.rebuild(encoder, plan | {"layers": odd})
     with pytest.raises(UserError, match="layer 'a' lacks method, "):
         gaudi_jax.rebuild(encoder, plan | {"layers": {"a": {"in_features": 3}}})
 

@@ -84,6 +84,27 @@ def test_batches_of_all_kinds():
         assert_moments(calibrate(Two(), ["layer"], [batch])["layer"], 2 * x)
 
 
+class Flagged(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, *, train, mode="plain"):
+        return self.layer(2 * x if train or mode == "double" else x)
+
+
+def test_flags_are_pythons_own():
+    x = tokens()
+    for batch, factor in (({"x": x, "train": False}, 1), ({"x": x, "train": True}, 2)):
+        assert_moments(calibrate(Flagged(), ["layer"], [batch])["layer"], factor * x)
+    batch = {"x": x, "train": False, "mode": "double"}
+    assert_moments(calibrate(Flagged(), ["layer"], [batch])["layer"], 2 * x)
+
+
+def test_what_is_no_batches_is_named():
+    with pytest.raises(UserError, match="calibration=3 must hold batches"):
+        calibrate(Two(), ["layer"], 3)
+
+
 def test_calibration_changes_nothing_and_runs_in_evaluation_mode():
     model = Two()
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))

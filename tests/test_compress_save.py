@@ -45,6 +45,8 @@ def test_mistakes_are_named(saved, tmp_path):
         gaudi_jax.save(directory, model, plan)
     with pytest.raises(UserError, match="plan of format 'list'"):
         gaudi_jax.save(tmp_path / "other", model, [])
+    with pytest.raises(UserError, match="of the model has no structure, but one in the plan"):
+        gaudi_jax.save(tmp_path / "other", Encoder(nnx.Rngs(0)), plan)
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="holds no saved model"):
         gaudi_jax.load(tmp_path, into=model)

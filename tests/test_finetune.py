@@ -220,6 +220,22 @@ def test_moments_follow_the_chain_rule(method):
     assert jax.tree.structure(with_moments(fresh, carried)) == jax.tree.structure(fresh)
 
 
+def test_moments_of_a_layer_over_several_axes():
+    dense = nnx.Sequential(nnx.LinearGeneral(6, (2, 4), rngs=nnx.Rngs(0)))
+    model, _ = gaudi_jax.compress(dense, 0.9, method="low_rank", progress=False)
+    gradient = jax.random.normal(jax.random.key(1), (6, 2, 4))
+    known = {("layers", 0, "kernel"): gradient, ("layers", 0, "bias"): jnp.ones((2, 4))}
+    carried = carry_moments(Moments(jnp.int32(1), known, known), model).first
+    layer = model.layers[0].linear
+    np.testing.assert_allclose(
+        carried["layers", 0, "linear", "v"],
+        layer.u[...] @ gradient.reshape(6, 8).T,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    assert carried["layers", 0, "linear", "bias"].shape == (8,)
+
+
 def test_moments_of_a_run_are_those_of_adam():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))

@@ -106,23 +106,30 @@ def calibrate(
         module.moments = _Recorded(Moments.empty(matrix_shape(module)[0]))
     graphdef, moments, rest = cast(Any, nnx.split(model, _Recorded, ...))
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(moments, rest, args, kwargs):
+    # Flags such as deterministic=True are the model's Python, and no arrays.
+    @partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+    def step(moments, rest, arrays, treedef, flags):
+        leaves = [
+            array if flag is None else flag[0] for array, flag in zip(arrays, flags, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
         model = nnx.merge(graphdef, moments, rest)
         model(*args, **kwargs)
         return nnx.state(model, _Recorded)
 
     empty = True
-    for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
+    for batch in tqdm(_iterable(batches), desc="calibrate", unit="batch", disable=not progress):
         empty = False
-        args, kwargs = _arguments(batch)
+        leaves, treedef = jax.tree.flatten(_arguments(batch))
+        flags = tuple(None if hasattr(leaf, "shape") else (leaf,) for leaf in leaves)
+        arrays = [leaf if flag is None else 0 for leaf, flag in zip(leaves, flags, strict=True)]
         try:
-            moments = step(moments, rest, args, kwargs)
+            moments = step(moments, rest, arrays, treedef, flags)
         except Exception as error:  # A model's own code may raise anything.
-            shapes = [getattr(leaf, "shape", leaf) for leaf in jax.tree.leaves((args, kwargs))]
+            shapes = [getattr(leaf, "shape", leaf) for leaf in leaves]
             raise UserError(
                 f"{type(model).__name__} cannot be run on a calibration batch of shapes "
-                f"{', '.join(map(str, shapes))}: {error}"
+                f"{', '.join(map(str, shapes))}: {str(error).strip().splitlines()[0]}"
             ) from error
     if empty:
         raise UserError("calibration has no batches; give at least one (a generator is read once)")
@@ -162,6 +169,14 @@ _RECORDING: dict[type, type] = {
     nnx.Linear: _RecordingLinear,
     nnx.LinearGeneral: _RecordingGeneral,
 }
+
+
+def _iterable(batches: Any) -> Iterable[Any]:
+    if not isinstance(batches, Iterable):
+        raise UserError(
+            f"calibration={batches!r} must hold batches of the model's inputs; give a list"
+        )
+    return batches
 
 
 def _gathered(x: Array) -> Array:

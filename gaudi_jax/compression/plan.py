@@ -140,14 +140,22 @@ def check_format(plan: Any) -> None:
             "gaudi_jax.compress returned"
         )
     parts: dict[str, tuple[Any, tuple[str, ...]]] = {"the plan": (plan, PLAN_KEYS)}
-    if isinstance(plan.get("layers"), Mapping):
-        parts |= {f"layer {path!r}": (entry, ENTRY_KEYS) for path, entry in plan["layers"].items()}
+    for name in ("layers", "left"):
+        if not isinstance(plan.get(name, {}), Mapping):
+            raise UserError(
+                f"{name} of the plan is a {type(plan[name]).__name__}, no mapping; give the plan "
+                "that gaudi_jax.compress returned"
+            )
+    for path, entry in plan.get("layers", {}).items():
+        parts[f"layer {path!r}"] = entry, ENTRY_KEYS
     for name, (part, keys) in parts.items():
         missing = [key for key in keys if not isinstance(part, Mapping) or key not in part]
         if missing:
             raise UserError(
                 f"{name} lacks {', '.join(missing)}; give the plan that gaudi_jax.compress returned"
             )
+        if "method" in keys and part["method"] not in ("gaudi", "low_rank"):
+            raise UserError(f"{name} has the unknown method {part['method']!r}; use another plan")
 
 
 def _check_model(plan: Mapping[str, Any], dense: Mapping[str, Any], left: Mapping[str, str]):

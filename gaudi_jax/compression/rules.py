@@ -105,8 +105,8 @@ class Choice:
         return min(self.rank * (cell_in + cell_out), cell_in * cell_out)
 
 
-def as_rules(rules: Sequence[Rule | Mapping[str, Any]]) -> list[Rule]:
-    """Rules of rules or of mappings with the same keys, as configs hold them.
+def as_rules(rules: Rule | Mapping[str, Any] | Sequence[Rule | Mapping[str, Any]]) -> list[Rule]:
+    """Rules of rules or of mappings with the same keys, as configs hold them; one may be alone.
 
     Raises:
         UserError: a mapping has an unknown key or no pattern, or a value is out of range.
@@ -116,7 +116,8 @@ def as_rules(rules: Sequence[Rule | Mapping[str, Any]]) -> list[Rule]:
         >>> as_rules([{"pattern": "head", "method": "skip"}])[0].method
         'skip'
     """
-    return [rule if isinstance(rule, Rule) else _as_rule(rule) for rule in rules]
+    several = [rules] if isinstance(rules, Rule | Mapping) else rules
+    return [rule if isinstance(rule, Rule) else _as_rule(rule) for rule in several]
 
 
 def choose(

@@ -106,11 +106,12 @@ def decompose(
         >>> bool(jnp.allclose(factors.kernel(), kernel, atol=1e-4))
         True
     """
+    kernel = kernel if hasattr(kernel, "shape") else jnp.asarray(kernel)
     *batch, n, m = _check_matrices("kernel", kernel)
     cell = _check_structure(n, m, budget, rank, granularity, rounds)
     if second_moment is not None:
         wanted = (*batch, n, n)
-        if _check_matrices("second_moment", second_moment) != wanted:
+        if _check_matrices("second_moment", second_moment, symmetric=True) != wanted:
             raise UserError(
                 f"second_moment of shape {second_moment.shape} does not fit a kernel of shape "
                 f"{kernel.shape}; it must have shape {wanted}"
@@ -240,13 +241,24 @@ def _factors(blocks: Blocks, axes: Axes, scale: Array) -> Factors:
     return Factors(v, u, blocks.length / cells, blocks.start / cells)
 
 
-def _check_matrices(name: str, matrices: Array) -> tuple[int, ...]:
+def _check_matrices(name: str, matrices: Array, *, symmetric: bool = False) -> tuple[int, ...]:
     shape = jnp.shape(matrices)
     if len(shape) < 2 or 0 in shape:
         raise UserError(f"{name} of shape {shape} is no matrix; give one of shape (in, out)")
-    concrete = not isinstance(matrices, jax.core.Tracer)
-    if concrete and not np.isfinite(np.asarray(matrices, np.float32)).all():
+    if jnp.issubdtype(matrices.dtype, jnp.complexfloating):
+        raise UserError(f"{name} of dtype {matrices.dtype} must be real; give its parts one by one")
+    if isinstance(matrices, jax.core.Tracer):
+        return shape
+    values = np.asarray(matrices, np.float32)
+    if not np.isfinite(values).all():
         raise UserError(f"{name} of shape {shape} holds NaN or infinity; mend the model first")
+    if symmetric and shape[-1] == shape[-2]:
+        diagonal = np.diagonal(values, axis1=-2, axis2=-1)
+        skew = np.abs(values - values.swapaxes(-1, -2)).max()
+        if diagonal.min() < 0 or skew > 1e-3 * diagonal.max():
+            raise UserError(
+                f"{name} of shape {shape} is no E[x xᵀ]: it is not symmetric, or negative"
+            )
     return shape
 
 

@@ -59,6 +59,8 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
             "'gelu'; choose another model"
         )
     width = config.get("hidden_size", 768)
+    if not isinstance(width, int) or width < 1:
+        raise UserError(f"config.json has hidden_size={width!r}, which is no width; fetch it again")
     return {
         "image_size": _side(config, "image_size", 224),
         "patch_size": _side(config, "patch_size", 16),
@@ -183,9 +185,9 @@ def _bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 def _side(config: Mapping[str, Any], name: str, default: int) -> int:
     value = config.get(name, default)
-    height, width = value if isinstance(value, (list, tuple)) else (value, value)
-    if height != width:
+    sides = list(value) if isinstance(value, (list, tuple)) else [value, value]
+    if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
         raise UserError(
             f"config.json has {name}={value}, but our ViT takes squares; choose another model"
         )
-    return height
+    return sides[0]

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from gaudi_jax.compression.densify import densify
 from gaudi_jax.compression.plan import check_format, rebuild
 from gaudi_jax.errors import UserError
+from gaudi_jax.layers import GeneralLinear, StructuredLinear
 from gaudi_jax.training.checkpoint import Checkpointer
 from gaudi_jax.training.phases import Phase, phase_of
 from gaudi_jax.training.setup import build_model
@@ -97,7 +98,7 @@ def save(directory: str | Path, model: nnx.Module, plan: Mapping[str, Any]) -> N
         plan: its plan.
 
     Raises:
-        UserError: the directory holds something already, or the plan is none.
+        UserError: the directory holds something already, or the plan is none of this model's.
 
     Example:
         >>> import tempfile
@@ -111,6 +112,17 @@ def save(directory: str | Path, model: nnx.Module, plan: Mapping[str, Any]) -> N
         'LowRankLinear'
     """
     check_format(plan)
+    structured = {
+        "/".join(map(str, path))
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, StructuredLinear | GeneralLinear)
+    }
+    dense = [path for path in plan["layers"] if path not in structured]
+    if dense:
+        raise UserError(
+            f"{dense[0]} of the model has no structure, but one in the plan; give the model that "
+            "gaudi_jax.compress returned with it"
+        )
     text = json.dumps(plan, indent=2, allow_nan=False)
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

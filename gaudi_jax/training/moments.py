@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gaudi_jax.layers import GaudiLinear, LowRankLinear
+from gaudi_jax.layers import GaudiLinear, GeneralLinear, LowRankLinear
 from gaudi_jax.training.controllers import names
 from gaudi_jax.training.step import split_model
 from gaudi_jax.training.tasks import Task
@@ -70,11 +70,17 @@ def carry_moments(moments: Moments, model: nnx.Module) -> Moments:
     """
     first, second = dict(moments.first), dict(moments.second)
     for path, layer in nnx.iter_modules(model):
-        kernel = (*path, "kernel")
+        # In a layer over several axes the structured one is a part.
+        whole = path[:-1] if isinstance(_parent(model, path), GeneralLinear) else path
+        kernel = (*whole, "kernel")
         if isinstance(layer, GaudiLinear | LowRankLinear) and kernel in first:
             v, u = layer.v[...].astype(jnp.float32), layer.u[...].astype(jnp.float32)
+            shape = layer.in_features, layer.out_features
             for known, factors in ((first, (v, u)), (second, (v**2, u**2))):
-                known[*path, "v"], known[*path, "u"] = _factor_moments(known.pop(kernel), *factors)
+                moment = known.pop(kernel).reshape(shape)
+                known[*path, "v"], known[*path, "u"] = _factor_moments(moment, *factors)
+                if whole != path and (*whole, "bias") in known:
+                    known[*path, "bias"] = known.pop((*whole, "bias")).reshape(-1)
     return Moments(moments.updates, first, second)
 
 
@@ -85,7 +91,7 @@ def estimate_moments(model: nnx.Module, moments: Moments, task: Task, batches: i
         model: the dense model.
         moments: of the structured model that it was made of; other parameters keep theirs.
         task: gives the loss.
-        batches: training batches from which the kernels' moments are estimated; 0 leaves them out.
+        batches: training batches from which the kernels' moments are estimated, at least 1.
     """
     graphdef, params, other = split_model(model)
 
@@ -131,6 +137,10 @@ def with_moments(opt_state: Any, moments: Moments) -> Any:
         )
 
     return jax.tree.map(fill, opt_state, is_leaf=_is_adam)
+
+
+def _parent(model: nnx.Module, path: Path) -> Any:
+    return dict(nnx.iter_modules(model)).get(path[:-1]) if path else None
 
 
 def _factor_moments(

@@ -86,7 +86,7 @@ def restructure(
     if phase.number <= 1:
         results |= _evaluated("dense", model, task, splits)
     elif moments is not None:
-        moments = estimate_moments(dense, moments, task, options.calibration_batches)
+        moments = estimate_moments(dense, moments, task, max(options.calibration_batches, 1))
     dense.eval()
     compressed, plan = compress(
         dense,
