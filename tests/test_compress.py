@@ -85,8 +85,8 @@ def test_attention_of_flax_is_compressed(encoder, compressed):
 def test_errors_and_costs_of_the_plan_are_those_of_the_model(encoder, compressed):
     model, plan = compressed
     for path, entry in plan["layers"].items():
-        assert entry["multiplications"] == 0.5 * entry["dense_multiplications"], path
-        assert 0 < entry["activation_error"] < entry["error"] < 1, path
+        assert 0.45 < entry["multiplications"] / entry["dense_multiplications"] <= 0.5, path
+        assert 0 < entry["activation_error"] < min(1, entry["error"]), path
     layer, dense = model.layers[0].mlp.layers[3], encoder.layers[0].mlp.layers[3]
     entry = plan["layers"]["layers/0/mlp/layers/3"]
     kernel = np.asarray(dense.kernel)

@@ -190,4 +190,4 @@ def test_global_budgets_beat_uniform_ones_where_spectra_differ(method):
     def mean_square(plan):
         return np.mean([entry["activation_error"] ** 2 for entry in plan["layers"].values()])
 
-    assert mean_square(spread) < 0.8 * mean_square(uniform)
+    assert mean_square(spread) < 0.9 * mean_square(uniform)

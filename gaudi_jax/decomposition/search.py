@@ -1,5 +1,7 @@
 """The search: pursuit and coordinate descent while a price steers the cost to the budget."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +21,7 @@ ROUNDS = 40
 #: clear structure, the careful one tells separate blocks apart.
 QUICK, CAREFUL = 0.06, 0.03
 SWEEPS = 2
-#: Most rounds that are added while the blocks cost less than the budget.
+#: Most rounds that are added while the blocks cost less than SPENT of the budget.
 EXTRA_ROUNDS = 8
 #: The search aims above the budget; landing takes the excess off.
 AIM = 1.01
@@ -29,6 +31,8 @@ FAST, SLOW, PLATEAU = 0.6, 0.85, 0.02
 #: Shares of the excess that remain after each stage of landing, and the refits that follow it.
 STAGES = ((0.66, 3), (0.33, 3), (0.0, 3), (0.0, 20))
 BISECTIONS = 30
+#: Share of the budget below which the search goes on, and landing shrinks single blocks instead.
+SPENT = 0.9
 
 
 def search(
@@ -61,7 +65,7 @@ def search(
     def unfinished(carry):
         i, *_, used = carry
         # Landing takes off what is too much; it adds nothing.
-        return (i < rounds) | ((used < 1) & (i < rounds + EXTRA_ROUNDS))
+        return (i < rounds) | ((used < SPENT) & (i < rounds + EXTRA_ROUNDS))
 
     def round_step(carry):
         i, blocks, price, overshot, used = carry
@@ -188,23 +192,27 @@ def _trim(blocks: Blocks, goal: Array, axes: Axes) -> Blocks:
         return jnp.where(lives, jnp.stack([s_in, s_out]), 0), length
 
     def halve(_, carry):
-        low, high, *kept = carry
+        low, high, over, under = carry
         middle = jnp.sqrt(low * high)
         found = windows(middle)
-        over = axes.multiplications(found[1], rank) > goal
-        start, length = (jnp.where(over, y, x) for x, y in zip(kept, found, strict=True))
-        return jnp.where(over, middle, low), jnp.where(over, high, middle), start, length
+        above = axes.multiplications(found[1], rank) > goal
+        over = jax.tree.map(partial(jnp.where, above), found, over)
+        under = jax.tree.map(partial(jnp.where, ~above), found, under)
+        return jnp.where(above, middle, low), jnp.where(above, high, middle), over, under
 
-    # The windows are kept, not their price: just below the one at which a block dies, found again
-    # it may be dead.
     everything = e_in.sum() + 1e-30  # at this price nothing lives
     nothing = 1e-12 * everything
-    _, _, start, length = lax.fori_loop(
-        0, BISECTIONS, halve, (nothing, everything, *windows(nothing))
-    )
+    none = jnp.zeros_like(blocks.start), jnp.zeros_like(blocks.length)
+    begin = nothing, everything, windows(nothing), none
+    # The windows are kept, not their price: just below the one at which a block dies, found again
+    # it may be dead.
+    _, _, over, under = lax.fori_loop(0, BISECTIONS, halve, begin)
+    # Blocks that are worth the same die together. Then they shrink instead.
+    spent = axes.multiplications(under[1], rank) >= SPENT * goal
+    start, length = jax.tree.map(partial(jnp.where, spent), under, over)
+    found = _shave(start, length, (e_in, e_out), goal, axes, rank)
     fits = axes.multiplications(blocks.length, rank) <= goal
-    start, length = jnp.where(fits, blocks.start, start), jnp.where(fits, blocks.length, length)
-    start, length = _shave(start, length, (e_in, e_out), goal, axes, rank)
+    start, length = jax.tree.map(partial(jnp.where, fits), (blocks.start, blocks.length), found)
     inside = [
         window_mask(start[i], length[i], axis.cells, axis.cell)[:, None]
         for i, axis in enumerate(axes)
@@ -217,10 +225,7 @@ def _trim(blocks: Blocks, goal: Array, axes: Axes) -> Blocks:
 def _shave(
     start: Array, length: Array, energies: tuple[Array, Array], goal: Array, axes: Axes, rank: int
 ) -> tuple[Array, Array]:
-    """Drops the edge cells that are worth least, until the windows cost no more than the goal.
-
-    One price for all would let blocks that are worth the same die together.
-    """
+    """Drops the edge cells that are worth least, until the windows cost no more than the goal."""
     counts = jnp.array([axis.cells for axis in axes])
     cells = jnp.array([axis.cell for axis in axes])
     inside = jnp.stack(
