@@ -9,7 +9,7 @@ First trains the dense model (``configs/digits_vit_gaudi.py:layer=dense``) in th
 Arguments: ``method=gaudi|low_rank|best``, ``budget=0.24`` (of the transformer blocks' layers; with
 patch embedding and head it comes to 0.25), ``granularity=1``, ``dense=WORKDIR``, ``smoke``.
 
-About three minutes on two CPU cores. Expected test accuracies are in docs/results.md.
+About five minutes on two CPU cores. Expected test accuracies are in docs/results.md.
 """
 
 from configs import digits_vit_gaudi
