@@ -76,7 +76,10 @@ def compress(
             where it takes most off the sum of the layers' squared relative errors, as their
             singular values foretell it; layers whose rule has a budget keep that.
         calibration: batches, read once: an array is the model's argument, the items of a tuple or
-            list are its arguments, those of a mapping its keyword arguments.
+            list are its arguments, those of a mapping its keyword arguments; what is no array is
+            given as it is. Layers that the model applies inside `jax.vmap`, `jax.checkpoint` or
+            loops of `jax.lax`, or inside `nnx.scan` with state that is shared by the steps, cannot
+            be observed: give them a rule with method="skip", or compress without calibration.
         rounds: effort of each search; time is proportional to it.
         key: random key of the searches; None for a fixed one.
         progress: show bars with the time left, and the plan as a table, on stderr.
