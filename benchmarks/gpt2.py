@@ -14,9 +14,7 @@ second.
 
 import argparse
 import importlib
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from layer import interleaved_medians
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
@@ -126,17 +125,6 @@ def our_step(task: Task, batch: dict) -> Any:
     return make
 
 
-def interleaved(functions: dict[str, Any], repeats: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(repeats + 2):  # the first two compile and warm up
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def open_config(name: str, layer: str, args: argparse.Namespace) -> Task:
     file, _, arguments = ("gpt2_gaudi.py:smoke" if args.preset else name).partition(":")
     module = importlib.import_module(f"configs.{file.removesuffix('.py')}")
@@ -182,7 +170,7 @@ def main() -> None:
     with plain.unlocked():
         plain.model.dtype = config.model.dtype
     steps["plain NNX, dense"] = plain_step(plain, {"tokens": tokens})
-    times = interleaved(steps, args.repeats)
+    times = interleaved_medians(steps, args.repeats)
     count = config.data.batch_size * config.data.block
     # 2 operations a multiplication, forward and twice backward; scores and their use in attention.
     layers = 12 * size.depth * size.width**2 + size.vocab_size * size.width
