@@ -114,8 +114,9 @@ def test_rank_and_grid(rank, granularity):
     assert_on_intervals(factors, granularity)
 
 
-@pytest.mark.parametrize(("rank", "granularity"), [(1, 1), (8, 1), (8, 8)])
-@pytest.mark.parametrize("moment", [None, second_moment()])
+@pytest.mark.parametrize(
+    ("rank", "granularity", "moment"), [(1, 1, None), (8, 8, None), (8, 1, second_moment())]
+)
 def test_small_budgets_are_used(rank, granularity, moment):
     smooth = jnp.outer(jnp.linspace(1, 2, 32), jnp.linspace(2, 1, 24))
     for w in (kernel(), jnp.ones(SHAPE), smooth):

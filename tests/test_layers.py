@@ -349,8 +349,8 @@ def test_initialisers_are_traceable_and_param_dtype_is_kept():
             lambda: linear_factory({"name": "low_rank", "budget": 0.01})(8, 8, rngs=nnx.Rngs(0)),
             "less than rank 1",
         ),
-        (lambda: linear_factory({"name": "gaudi", "widths": "random"}), "'random'"),
-        (lambda: linear_factory({"name": "gaudi", "locations": "random"}), "'random'"),
+        (lambda: linear_factory({"name": "gaudi", "widths": "magic"}), "'magic'"),
+        (lambda: linear_factory({"name": "gaudi", "locations": "magic"}), "'magic'"),
         (
             lambda: GaudiLinear.from_blocks(
                 jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4)), jnp.ones((2, 3)), jnp.ones((2, 2))

@@ -64,7 +64,7 @@ def test_the_summary_tells_what_compression_cost(finished):
     assert not any("test" in name for row in begun.values() for name in row)
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_resuming_in_any_phase_equals_never_stopping(finished, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step)
@@ -76,6 +76,7 @@ def test_resuming_in_any_phase_equals_never_stopping(finished, tmp_path, monkeyp
     assert resumed == rows_without_time(finished)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_for_one_of_the_phase_before(finished, tmp_path):
     config = phased_config(stages=((0.5, 0.4),), method="low_rank")
     config.checkpoint.update(every=100, keep=3)
