@@ -30,7 +30,7 @@ from tabulate import tabulate
 COLUMNS = (
     *("task", "method", "budget", "seed", "seconds"),
     *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"),
-    *("cost", "layers"),
+    *("compress_seconds", "cost", "layers"),
 )
 
 
@@ -45,6 +45,7 @@ class Task(NamedTuple):
         paper_targets: mean widths at which the published recipe ends near each budget.
         full_width: for each part of a block, the share of its blocks that costs as much at full
             width as the dense layer.
+        structural_rates: learning rates of widths and locations of the budget recipe.
     """
 
     config: str
@@ -53,6 +54,7 @@ class Task(NamedTuple):
     measure: str
     paper_targets: dict[float, float]
     full_width: dict[str, float]
+    structural_rates: tuple[float, float]
 
 
 def tasks(text: str) -> dict[str, Task]:
@@ -64,6 +66,7 @@ def tasks(text: str) -> dict[str, Task]:
             "accuracy",
             {0.25: 0.15, 0.125: 0.08},
             {"attention": 1 / 2, "mlp": 4 / 5},
+            (3e-3, 3e-4),
         ),
         "shakespeare": Task(
             f"shakespeare_gpt_gaudi.py:size=cpu,text={text},",
@@ -72,6 +75,7 @@ def tasks(text: str) -> dict[str, Task]:
             "loss",
             {0.25: 0.15, 0.125: 0.08},
             {"attention": 3 / 4, "attention_out": 1 / 2, "mlp": 4 / 5},
+            (1e-3, 1e-4),
         ),
     }
 
@@ -82,11 +86,14 @@ FROZEN = (
     "--config.optimizer.structural_learning_rate=0.0",
     "--config.optimizer.location_learning_rate=0.0",
 )
+#: Methods of which fewer seeds show enough: variants of the search recipe.
+VARIANT, VARIANT_SEEDS = "variant: ", 2
 
 
 def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Arguments of the config, and options of the command line."""
     own = f"budget={budget}"
+    search = f"layer=gaudi,recipe=search,{own}"
     random = [
         f"--config.layer.{part}.{option}"
         for part, full_width in task.full_width.items()
@@ -107,11 +114,33 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
             "layer=gaudi,recipe=paper",
             (f"--config.controller.target={task.paper_targets[budget]}",),
         ),
-        SEARCH: (f"layer=gaudi,recipe=search,{own}", ()),
+        SEARCH: (search, ()),
         "Gaudi, search, grid 1/8": (
-            f"layer=gaudi,recipe=search,{own}",
+            search,
             (f"--config.compress.granularity={task.width // 8}",),
         ),
+        VARIANT + "gradients on the structure": (
+            search,
+            (
+                f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
+                f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
+            ),
+        ),
+        VARIANT + "half of the way first": (
+            search,
+            (f"--config.compress.stages=((0.3,{(1 + budget) / 2}),(0.5,{budget}))",),
+        ),
+        VARIANT + "found anew": (
+            search,
+            (f"--config.compress.stages=((0.5,{budget}),(0.7,{budget}))",),
+        ),
+        VARIANT + "early": (search, (f"--config.compress.stages=((0.3,{budget}),)",)),
+        VARIANT + "late": (search, (f"--config.compress.stages=((0.8,{budget}),)",)),
+        VARIANT + "low-rank, late": (
+            f"layer=low_rank,recipe=search,{own}",
+            (f"--config.compress.stages=((0.8,{budget}),)",),
+        ),
+        VARIANT + "uniform budgets": (search, ("--config.compress.allocation=uniform",)),
     }
 
 
@@ -139,6 +168,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
         "budget": 1.0 if method == "dense" else budget,
         "seed": seed,
         "seconds": summary["seconds"],
+        "compress_seconds": round(summary.get("compress_seconds", 0.0), 1),
         "validation_loss": summary["validation_loss"],
         "validation_accuracy": summary.get("validation_accuracy", ""),
         "test_loss": summary["test_loss_hard"],
@@ -232,6 +262,7 @@ def main() -> None:
         for number, budget in enumerate(args.budgets)
         for method in methods(known[name], budget)
         if any(word in method for word in args.methods)
+        and not (method.startswith(VARIANT) and (seed >= VARIANT_SEEDS or args.quick))
         and (name, method, 1.0 if method == "dense" else budget, seed) not in done
         and not (method == "dense" and number)
     ]

@@ -263,7 +263,12 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
     if args["recipe"] == "search":
         _use_search(config, args, names)
         return
-    gaudi: dict = {"name": "gaudi", "rank": 1, "granularity": 1}
+    gaudi: dict = {
+        "name": "gaudi",
+        "rank": 1,
+        "granularity": 1,
+        "density": config_dict.placeholder(float),  # of the initial widths; None: dense cost
+    }
     if "gaudi" not in names.values():
         args.reject("recipe", because="without Gaudi layers")
     elif args["recipe"] == "paper":

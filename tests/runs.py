@@ -33,7 +33,11 @@ def assert_same(actual, expected):
 
 def rows_without_time(workdir):
     return [
-        {name: value for name, value in row.items() if not name.endswith("_per_second")}
+        {
+            name: value
+            for name, value in row.items()
+            if not name.endswith(("_per_second", "_seconds"))
+        }
         for row in read_metrics(workdir)
     ]
 

@@ -1,8 +1,10 @@
 """Compression of a trained network: from dense layers to structured ones under a budget."""
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from gaudi_jax.compression.allocation import share_out
 from gaudi_jax.compression.calibration import Moments, calibrate
-from gaudi_jax.compression.layer import Layer
+from gaudi_jax.compression.layer import Layer, Solution
 from gaudi_jax.compression.plan import Plan, make_plan, plan_table
 from gaudi_jax.compression.rules import Choice, Method, Rule, as_rules, choose
 from gaudi_jax.compression.surgery import find_dense, matrix_shape
@@ -21,6 +23,9 @@ from gaudi_jax.decomposition.decompose import ROUNDS, affordable
 from gaudi_jax.errors import UserError
 
 Allocation = Literal["uniform", "global"]
+
+#: Most layers that are decomposed at once; each may take some hundreds of MB.
+WORKERS = 4
 
 
 class Compressed(NamedTuple):
@@ -127,22 +132,49 @@ def compress(
     costs = _costs(layers, network, total)
 
     entries = {}
-    weights = {path: math.prod(layer.shape) for path, layer in layers.items()}
-    with tqdm(
-        total=sum(weights.values()),
-        disable=not progress,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-    ) as bar:
-        for number, (path, layer) in enumerate(layers.items(), start=1):
-            bar.set_description_str(f"compress {number}/{len(layers)} {path}")
-            entries[path] = layer.replace(costs[path], rounds, key)
-            bar.update(weights[path])
+    solutions = _solve(layers, costs, rounds, key, progress)
+    for path, layer in layers.items():
+        layer.replace(solutions[path])
+        entries[path], _ = solutions.pop(path)
     # The arrays that were not replaced are the input's still: training that donates its state would
     # delete them there.
     plan = make_plan(entries, left)
     if progress:
         print(plan_table(plan), file=sys.stderr)
     return Compressed(nnx.clone(result, arrays=True), plan)
+
+
+def _solve(
+    layers: Mapping[str, Layer],
+    costs: Mapping[str, int],
+    rounds: int,
+    key: Array | None,
+    progress: bool,
+) -> dict[str, Solution]:
+    """Decomposes all layers, several at once: a search leaves most of a processor idle."""
+    # The first layer of each shape compiles what the others share.
+    firsts = {(layer.shape, layer.choice): path for path, layer in reversed(layers.items())}
+    others = [path for path in layers if path not in firsts.values()]
+    weights = {path: math.prod(layer.shape) for path, layer in layers.items()}
+    solutions: dict[str, Solution] = {}
+
+    def solve(path: str) -> tuple[str, Solution]:
+        return path, layers[path].solve(costs[path], rounds, key)
+
+    with (
+        ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool,
+        tqdm(
+            total=sum(weights.values()),
+            disable=not progress,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        ) as bar,
+    ):
+        for paths in (firsts.values(), others):
+            for path, solution in pool.map(solve, paths):
+                solutions[path] = solution
+                bar.set_description_str(f"compress {len(solutions)}/{len(layers)} {path}")
+                bar.update(weights[path])
+    return solutions
 
 
 class Chosen(NamedTuple):

@@ -16,7 +16,7 @@ from gaudi_jax.compression.surgery import features, fill, install, matrix_shape,
 from gaudi_jax.decomposition import Factors, decompose, relative_error, svd_factors
 
 #: An entry of the plan, and the values of the layer that it describes.
-Candidate = tuple[dict[str, Any], dict[str, Array]]
+Solution = tuple[dict[str, Any], dict[str, Array]]
 
 
 class Layer:
@@ -54,8 +54,8 @@ class Layer:
         )
 
     @jax.default_matmul_precision("highest")
-    def replace(self, cost: int, rounds: int, key: Array | None) -> dict[str, Any]:
-        """Puts a structured layer in place, lets go of the moments, and returns the plan's entry.
+    def solve(self, cost: int, rounds: int, key: Array | None) -> Solution:
+        """Finds the values of a structured layer, and lets go of the moments.
 
         Args:
             cost: multiplications that it may cost.
@@ -82,13 +82,17 @@ class Layer:
             if self._moments is not None:
                 missed = self._moments.mean @ (kernel - approximation)
                 values["bias"] = values["bias"].astype(jnp.float32) + missed
+        self._moments = None
+        return entry, values
+
+    def replace(self, solution: Solution) -> None:
+        """Puts the structured layer in the place of the dense one."""
+        entry, values = solution
         layer = structure(self.module, entry)
         fill(layer, values, self.module)
         install(layer, self.module)
-        self._moments = None
-        return entry
 
-    def _gaudi(self, kernel, moment, cost, rounds, key) -> Candidate:
+    def _gaudi(self, kernel, moment, cost, rounds, key) -> Solution:
         n, m = self.shape
         rank, granularity = self.choice.rank, self.choice.granularity
         # Half a multiplication more, lest rounding loses a whole one.
@@ -112,7 +116,7 @@ class Layer:
         entry = self._entry("gaudi", rank, int(used.multiplications()), blocks, list(granularity))
         return entry, values | {"sigma": jnp.float32(math.inf)}
 
-    def _low_rank(self, kernel, moment, cost) -> Candidate:
+    def _low_rank(self, kernel, moment, cost) -> Solution:
         n, m = self.shape
         rank = min(n, m) if cost >= n * m else min(n, m, cost // (n + m))
         v, u = svd_factors(kernel, rank, second_moment=moment)

@@ -17,7 +17,8 @@ from gaudi_jax.decomposition.sweeps import Axes, Blocks
 from gaudi_jax.errors import UserError
 from gaudi_jax.masks import block_multiplications, num_cells
 
-#: Kernels of more entries are searched at the quick pace alone, in half of the time.
+#: Kernels of more entries, and all in fewer rounds than the default, are searched at the quick
+#: pace alone, in half of the time.
 LARGE_KERNEL = 2**18
 #: A weighted axis of more features is searched from the plain result, in a fraction of the rounds:
 #: each step on it costs n² instead of n.
@@ -84,7 +85,8 @@ def decompose(
             Each divides its axis.
         second_moment: E[x xᵀ] of the layer's inputs, shape (..., in, in): the search then minimises
             ``E|x (W - Ŵ)|²`` instead of ``|W - Ŵ|²``. Remove the inputs' mean into the bias first.
-        rounds: effort; time is proportional to it.
+        rounds: effort; time is proportional to it. Fewer than the default also search once where
+            the default tries two paces, in half of the time a round.
         key: random key; None for a fixed one.
 
     Returns:
@@ -116,7 +118,9 @@ def decompose(
                 f"second_moment of shape {second_moment.shape} does not fit a kernel of shape "
                 f"{kernel.shape}; it must have shape {wanted}"
             )
-    run = functools.partial(_decompose, rank=rank, cell=cell)
+    thorough = rounds >= ROUNDS and n * m <= LARGE_KERNEL
+    paces = (QUICK, CAREFUL) if thorough else (QUICK,)
+    run = functools.partial(_decompose, rank=rank, cell=cell, paces=paces)
     key = jax.random.key(0) if key is None else key
     goal = min(affordable(budget, n * m), jnp.iinfo(jnp.int32).max)
     steer = jnp.int32(goal), jnp.int32(rounds), key
@@ -171,7 +175,7 @@ def relative_error(
     return jnp.sqrt(jnp.maximum(energy(kernel - approximation), 0) / jnp.maximum(total, 1e-30))
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "cell"))
+@functools.partial(jax.jit, static_argnames=("rank", "cell", "paces"))
 def _decompose(
     kernel: Array,
     second_moment: Array | None,
@@ -181,6 +185,7 @@ def _decompose(
     *,
     rank: int,
     cell: tuple[int, int],
+    paces: tuple[float, ...],
 ) -> Factors:
     # Accelerators would multiply in fewer bits, and small differences of large numbers matter.
     with jax.default_matmul_precision("highest"):
@@ -189,8 +194,6 @@ def _decompose(
         plain = PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1])
         axes = Axes(*plain)
         begin = Blocks.empty(min(n, m) // rank, rank, (n, m))
-
-        paces = [QUICK] if n * m > LARGE_KERNEL else [QUICK, CAREFUL]
 
         def best_of_paces(axes: Axes, begin: Blocks, rounds: Array) -> Blocks:
             def at_pace(share):

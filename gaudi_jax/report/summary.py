@@ -97,14 +97,16 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
 
 def _before_and_after_compression(rows: list[dict[str, Any]]) -> dict[str, float]:
     """What was measured where phases meet: of the dense model, and of the last compressed one."""
-    names = ("dense_", "compressed_")
-    return {
+    changes = [row for row in rows if "phase" in row]
+    measured = {
         name: value
-        for row in rows
-        if "phase" in row
+        for row in changes
         for name, value in row.items()
-        if name.startswith(names)
+        if name.startswith(("dense_", "compressed_"))
     }
+    if changes:
+        measured["compress_seconds"] = sum(row["compress_seconds"] for row in changes)
+    return measured
 
 
 def _soft(model: nnx.Module) -> bool:

@@ -68,6 +68,7 @@ def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Multiplications if dense", _count(get("dense_multiplications"))),
         ("Relative multiplications", _percent(get("relative_multiplications"), 1)),
         ("Parameters", _count(get("parameters"))),
+        ("Seconds of compression", _count(get("compress_seconds"))),
     ]
 
 

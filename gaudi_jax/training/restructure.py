@@ -1,6 +1,7 @@
 """What happens between two phases of a run: the model's layers are compressed."""
 
 import json
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -88,6 +89,7 @@ def restructure(
     elif moments is not None:
         moments = estimate_moments(dense, moments, task, max(options.calibration_batches, 1))
     dense.eval()
+    start = time.perf_counter()
     compressed, plan = compress(
         dense,
         cast(float, phase.budget),
@@ -96,6 +98,7 @@ def restructure(
         calibration=_calibration(task) if options.calibration_batches else None,
         key=jax.random.key(config.seed),
     )
+    results["compress_seconds"] = time.perf_counter() - start
     results |= _evaluated("compressed", compressed, task, splits)
     text = json.dumps(plan, indent=2, allow_nan=False)
     write_atomically(phase.plan_file(workdir), text + "\n")
