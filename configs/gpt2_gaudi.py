@@ -4,8 +4,9 @@
     python main.py --config=configs/gpt2_gaudi.py:layer=dense --workdir=runs/gpt2_dense
 
 Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=paper|budget|search``, ``budget=0.44``,
-``epochs=10``, ``init=openai-community/gpt2`` (Hugging Face folder or id; its tokenizer is used),
-``micro=8`` (windows that are worked through at once),
+``epochs=10`` (of WikiText-103's 225 steps; for another text set ``--config.train.steps``),
+``init=openai-community/gpt2`` (Hugging Face folder or id; its tokenizer is used), ``micro=8``
+(windows that are worked through at once),
 ``data=hf:Salesforce/wikitext:wikitext-103-raw-v1`` (or ``text:FOLDER`` of train.txt,
 validation.txt and test.txt), ``smoke`` (embedded text).
 
@@ -16,7 +17,8 @@ The paper's recipe: windows of 1024 tokens, batches of 512, 10 epochs, learning 
 epoch of warm-up and then linear decay, weight decay 0.1, gradients clipped at norm 1; hard masks,
 a quarter of the blocks at full width at first, evenly spaced, and a mean width of 0.25 kept.
 About 117.9 million training tokens make 225 steps an epoch. ``recipe=budget`` lets a budget of
-multiplications fall instead.
+multiplications fall instead. The same command with ``--config.evaluate_only=True
+--config.data.stride=512`` evaluates a finished run with sliding windows.
 
 Published perplexities on the test text: dense 19.36, Gaudi-GBLR 19.24 (the authors' README: 18.98)
 at 43.7 % of the multiplications. Hardware: a GPU or TPU. Not measured with this code yet.

@@ -155,6 +155,26 @@ def test_truncation(top_k, top_p, kept):
     )
 
 
+@pytest.mark.parametrize("vocab_size", [65, 20_000])
+def test_truncation_of_many_rows(vocab_size):
+    """Sums of probabilities are rounded: they may miss 1, or reach it early."""
+    rows = 3 * jax.random.normal(jax.random.key(0), (100, vocab_size))
+    for top_k in (2, 10, 40):
+        for top_p in (1.0, 0.9999999):
+            left = np.isfinite(truncated(rows, top_k, top_p)).sum(axis=1)
+            ties = (rows == jnp.sort(rows, descending=True)[:, top_k - 1, None]).sum(axis=1)
+            assert (left <= top_k - 1 + ties).all()
+            assert (top_p < 1) or (left >= top_k).all()
+    assert np.isfinite(truncated(rows, vocab_size, 1.0)).all()
+
+
+def test_a_row_does_not_depend_on_a_longer_one_beside_it():
+    short, long = PROMPTS[0], list(range(19))
+    together = generate(model(), [short, long], max_new_tokens=6, temperature=0)
+    alone = generate(model(), [short], max_new_tokens=6, temperature=0)
+    np.testing.assert_array_equal(together[0], alone[0])
+
+
 def test_nothing_to_do():
     assert generate(model(), [], max_new_tokens=3, temperature=0).shape == (0, 0)
     assert generate(model(), PROMPTS, max_new_tokens=0, temperature=0).shape == (3, 0)
@@ -178,7 +198,9 @@ def test_nothing_to_do():
         ([[1]], {"temperature": 1.0}, "needs key"),
         ([[1]], {"top_k": 0}, "top_k=0"),
         ([[1]], {"top_p": 1.5}, "top_p=1.5"),
+        ([[1]], {"top_k": 2.5}, "top_k=2.5"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
     ],
 )
 def test_mistakes_are_named(prompts, options, message):

@@ -241,6 +241,30 @@ def test_structured_kernels_are_saved_dense_as_they_are_in_evaluation(tmp_path):
     assert np.abs(in_training - logits(model, TOKENS)).max() > 1e-4  # so the mode does matter
 
 
+def test_a_model_in_several_files_is_replaced(tmp_path):
+    shards = {"model-00001-of-00002.safetensors": b"old", "model-00002-of-00002.safetensors": b""}
+    for name, content in shards.items():
+        (tmp_path / name).write_bytes(content)
+    index = {"weight_map": dict.fromkeys("ab", next(iter(shards)))}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = GPT2(GPT2Config(**TINY), rngs=nnx.Rngs(4))
+    model.save_pretrained(tmp_path)
+    assert_same_parameters(GPT2.from_pretrained(tmp_path), model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(UserError, match="is a file"):
+        model.save_pretrained(tmp_path / "config.json")
+
+
+def test_logits_in_bfloat16_keep_float32s_digits():
+    model = GPT2(GPT2Config(**TINY, dtype=jnp.bfloat16), rngs=nnx.Rngs(4))
+    features = 30 + jax.random.normal(jax.random.key(0), (1, TINY["width"]), jnp.bfloat16)
+    exact = (
+        features.astype(jnp.float32)
+        @ model.token_embedding.embedding[...].astype(jnp.bfloat16).astype(jnp.float32).T
+    )
+    np.testing.assert_allclose(model.logits(features), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_old_files_name_no_transformer_and_hold_masks(tmp_path):
     tensors = load_file(GOLDEN / "model.safetensors")
     old = {name.removeprefix("transformer."): array for name, array in tensors.items()}

@@ -189,6 +189,7 @@ def wrong(**changes):
         ({"train__steps": 0}, "train.steps=0"),
         ({"seed": -1}, "seed=-1 is outside"),
         ({"model__mlp_ratio": 0.0}, "mlp_ratio=0.0 leaves no hidden features"),
+        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
         ({"optimizer__b1": 1.5}, "b1=1.5 is outside"),
         ({"optimizer__learning_rate": -1.0}, "must never be negative: .*peak -1.0"),
         ({"optimizer__end_factor": -1.0}, "must never be negative: .*end -0.004"),

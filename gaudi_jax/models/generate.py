@@ -33,7 +33,7 @@ def generate(
     (`top_k` and `top_p` compile one more variant, which sorts the logits).
 
     A row that does not fit into `max_length` forgets all but its last ``max_length // 2`` tokens
-    and goes on from these, together with all other rows.
+    and goes on from these.
 
     Args:
         model: the model; it runs in evaluation mode and is left as it is.
@@ -77,7 +77,8 @@ def generate(
         # The last token of a row is never read, so one more fits than the model reads.
         room = max_length + 1 - max(map(len, rows))
         if room == 0:
-            rows = [row[-max(1, max_length // 2) :] for row in rows]
+            half = max(1, max_length // 2)
+            rows = [row[-half:] if len(row) > max_length else row for row in rows]
             continue
         count = min(room, missing)
         lengths = np.array([len(row) for row in rows], np.int32)
@@ -163,10 +164,12 @@ def truncated(
         [-0.69..., -inf, -1.20...]
     """
     ordered = jnp.sort(logits, descending=True)
-    ordered = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered)
+    first = jnp.arange(logits.shape[-1]) < top_k
+    probabilities = jax.nn.softmax(jnp.where(first, ordered, -jnp.inf))
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    smallest = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+    # The sum is rounded: it may stay below 1 at the end, or reach 1 before it.
+    kept = first & ((before < top_p) | (top_p >= 1))
+    smallest = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
@@ -177,12 +180,12 @@ def _check_sampling(
     top_p: float | None,
     key: Array | None,
 ) -> None:
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens} must not be negative")
+    if max_new_tokens < 0 or max_new_tokens % 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be a whole number, at least 0")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature={temperature} must be a number >= 0; 0 is greedy")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k} must be at least 1; use None for all tokens")
+    if top_k is not None and (top_k < 1 or top_k % 1):
+        raise UserError(f"top_k={top_k} must be a whole number, at least 1; use None for all")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p} is outside (0, 1]; use None for all tokens")
     if key is None and temperature > 0:

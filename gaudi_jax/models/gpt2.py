@@ -16,6 +16,8 @@ from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import LinearFactory
 from gaudi_jax.models import hf_gpt2
 from gaudi_jax.models.pretrained import (
+    INDEX,
+    SHARDS,
     WEIGHTS,
     fill,
     read_config,
@@ -155,7 +157,7 @@ class GPT2(nnx.Module):
         self.config = config
         common = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         init = nnx.initializers.normal(0.02)
-        self.token_embedding = nnx.Embed(
+        self.token_embedding = TiedEmbed(
             config.vocab_size, config.width, embedding_init=init, **common
         )
         self.position_embedding = nnx.Param(
@@ -216,6 +218,9 @@ class GPT2(nnx.Module):
         Args:
             directory: made if need be; a model that it holds is replaced.
 
+        Raises:
+            UserError: the directory is a file.
+
         Example:
             >>> import tempfile
             >>> from flax import nnx
@@ -227,10 +232,15 @@ class GPT2(nnx.Module):
             True
         """
         folder = Path(directory)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; give a directory")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = hf_gpt2.exported_tensors(nnx.view(self, deterministic=True))
         # transformers refuses files that do not say which framework laid the tensors out.
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        # What is left of a model in several files would only mislead.
+        for stale in [folder / INDEX, *folder.glob(SHARDS)]:
+            stale.unlink(missing_ok=True)
         config = hf_gpt2.exported_config(self.config)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -263,7 +273,7 @@ class GPT2(nnx.Module):
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:
         """Logits, float32, of normalised features: the tied head."""
-        return self.token_embedding.attend(x).astype(jnp.float32)
+        return self.token_embedding.attend(x)
 
     def empty_cache(self, batch_size: int, length: int) -> Cache:
         """A cache for `extend` with room for `length` tokens a row, at most the context."""
@@ -296,6 +306,17 @@ class GPT2(nnx.Module):
             x, known = block.extend(x, positions, known)
             extended.append(known)
         return self.norm(x), tuple(extended)
+
+
+class TiedEmbed(nnx.Embed):
+    """An embedding whose logits are float32 in any dtype: in bfloat16 many of them would tie."""
+
+    def attend(self, query: Float[Array, "*batch D"], out_sharding: Any = None) -> Array:
+        """Logits, float32, of features."""
+        embedding = self.embedding[...].astype(query.dtype)
+        return jnp.matmul(
+            query, embedding.T, preferred_element_type=jnp.float32, out_sharding=out_sharding
+        )
 
 
 class Block(nnx.Module):

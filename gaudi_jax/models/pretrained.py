@@ -24,6 +24,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARDS = "model-*.safetensors"
 #: Names of one kind that a message about mismatches spells out.
 LISTED = 10
 
@@ -55,7 +56,7 @@ def resolve_folder(name: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(name),
-                allow_patterns=["*.json", "model.safetensors", "model-*.safetensors"],
+                allow_patterns=["*.json", WEIGHTS, SHARDS],
             )
         )
     except errors.HFValidationError:
@@ -104,7 +105,8 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
         >>> read_tensors(folder)["classifier.weight"].shape  # doctest: +SKIP
         (1000, 768)
     """
-    if (folder / INDEX).exists():
+    # Where both are, transformers reads the single file too.
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
         weight_map = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / INDEX} names no file of weights; fetch or save it again")

@@ -53,7 +53,7 @@ def check_options(config: ConfigDict) -> None:
     """Checks the seed, the numbers that say how often something is done, and what is evaluated.
 
     Raises:
-        UserError: one of them is out of range or unknown.
+        UserError: one of them is out of range or unknown, or any number of the config is NaN.
     """
     numbers = {
         "train.steps": config.train.steps,
@@ -66,12 +66,21 @@ def check_options(config: ConfigDict) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    _check_numbers(config)
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} is outside [0, 2^32)")
     if config.evaluate_checkpoint not in ("last", "best"):
         raise UserError(
             f"unknown evaluate_checkpoint {config.evaluate_checkpoint!r}; use last or best"
         )
+
+
+def _check_numbers(section: ConfigDict, prefix: str = "") -> None:
+    for name, value in section.items():
+        if isinstance(value, ConfigDict):
+            _check_numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and np.isnan(value):
+            raise UserError(f"{prefix}{name}=nan is no number; give one")
 
 
 class _Family(NamedTuple):

@@ -20,6 +20,7 @@ NOT_PART_OF_A_RUN = (
     "checkpoint.keep",
     "data.verify",
     "data.cache_dir",
+    "data.stride",
 )
 #: Keys that the data decide; only the config of a run that has opened its data has them all.
 DECIDED_BY_DATA = (
