@@ -4,6 +4,7 @@ from gaudi_jax import masks, models
 from gaudi_jax.compression import Rule, compress, rebuild
 from gaudi_jax.cost import cost
 from gaudi_jax.decomposition import decompose
+from gaudi_jax.deploy import harden
 from gaudi_jax.layers import GaudiLinear, LowRankLinear, Structural
 from gaudi_jax.training.load import load, save
 from gaudi_jax.training.optim import gaudi_adamw
@@ -17,6 +18,7 @@ __all__ = [
     "cost",
     "decompose",
     "gaudi_adamw",
+    "harden",
     "load",
     "masks",
     "models",

@@ -153,7 +153,9 @@ def _solve(
 ) -> dict[str, Solution]:
     """Decomposes all layers, several at once: a search leaves most of a processor idle."""
     # The first layer of each shape compiles what the others share.
-    firsts = {(layer.shape, layer.choice): path for path, layer in reversed(layers.items())}
+    firsts: dict[Any, str] = {}
+    for path, layer in layers.items():
+        firsts.setdefault((layer.shape, layer.choice), path)
     others = [path for path in layers if path not in firsts.values()]
     weights = {path: math.prod(layer.shape) for path, layer in layers.items()}
     solutions: dict[str, Solution] = {}

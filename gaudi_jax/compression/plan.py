@@ -1,16 +1,27 @@
 """Plans: what became of each layer, as plain values that JSON holds."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from tabulate import SEPARATING_LINE, tabulate
 
-from gaudi_jax.compression.surgery import features, fill, find_dense, install, structure
+from gaudi_jax.compression.surgery import (
+    become,
+    features,
+    fill,
+    find_dense,
+    find_gaudi,
+    install,
+    structure,
+)
 from gaudi_jax.errors import UserError
-from gaudi_jax.layers import Sigma
+from gaudi_jax.layers import PackedLinear, Sigma
+from gaudi_jax.layers.packed import Layout
 
 #: Version of the format; raised when its meaning changes.
 FORMAT = 1
@@ -18,6 +29,7 @@ FORMAT = 1
 Plan = dict[str, Any]
 
 PLAN_KEYS = ("layers", "left", "multiplications", "dense_multiplications")
+METHODS = ("gaudi", "low_rank", "packed")
 ENTRY_KEYS = (
     *("method", "in_features", "out_features", "rank", "num_blocks", "granularity", "use_bias"),
     *("error", "activation_error", "multiplications", "dense_multiplications"),
@@ -28,11 +40,11 @@ def make_plan(layers: Mapping[str, Mapping[str, Any]], left: Mapping[str, str]) 
     """A plan of its layers' entries, with totals.
 
     Args:
-        layers: by path: method ("gaudi" or "low_rank"), in_features and out_features (a number, or
-            the sizes of several axes), rank, num_blocks, granularity (a pair), use_bias, error
-            and activation_error (relative; the latter None without calibration), multiplications
+        layers: by path: method ("gaudi", "low_rank" or "packed"), in_features and out_features (a
+            number, or the sizes of several axes), rank, num_blocks, granularity (a pair),
+            use_bias, error and activation_error (relative; the latter None without calibration), multiplications
             and dense_multiplications of one input vector. num_blocks and granularity are None for
-            "low_rank".
+            "low_rank". A "packed" layer has no rank either, but a layout.
         left: reasons by path.
     """
     return {
@@ -45,14 +57,15 @@ def make_plan(layers: Mapping[str, Mapping[str, Any]], left: Mapping[str, str]) 
 
 
 def rebuild(model: nnx.Module, plan: Mapping[str, Any]) -> nnx.Module:
-    """The structure that `gaudi_jax.compress` gave a model, without the values of its layers.
+    """The structure that `compress` or `harden` gave a model, without the values of its layers.
 
     Nothing is decomposed. Filled with the state of the compressed model, it is that model:
     ``nnx.update(rebuild(model, plan), nnx.state(compressed.model))``.
 
     Args:
-        model: a dense model like the one that was compressed. It may hold shapes only
-            (``nnx.eval_shape``); so does the result then. It is left as it was.
+        model: a model like the one that was given to `compress` (dense) or to `harden` (with Gaudi
+            layers). It may hold shapes only (``nnx.eval_shape``); so does the result then. It is
+            left as it was.
         plan: the plan, also one that went through JSON.
 
     Raises:
@@ -70,6 +83,9 @@ def rebuild(model: nnx.Module, plan: Mapping[str, Any]) -> nnx.Module:
     """
     check_format(plan)
     model = nnx.clone(model)
+    if any(entry["method"] == "packed" for entry in plan["layers"].values()):
+        _pack(model, plan)
+        return model
     dense, left = find_dense(model)
     _check_model(plan, dense, left)
     for path, entry in plan["layers"].items():
@@ -83,6 +99,25 @@ def rebuild(model: nnx.Module, plan: Mapping[str, Any]) -> nnx.Module:
         fill(layer, values, dense[path])
         install(layer, dense[path])
     return model
+
+
+def _pack(model: nnx.Module, plan: Mapping[str, Any]) -> None:
+    """Puts empty packed layers in the places of the Gaudi layers."""
+    found, left = find_gaudi(model)
+    _check_model(plan, found, left)
+    for path, entry in plan["layers"].items():
+        layer, layout = found[path], entry.get("layout")
+        empty = functools.partial(
+            PackedLinear,
+            layer.in_features,
+            layer.out_features,
+            None if layout is None else Layout.from_lists(layout),
+            use_bias=layer.use_bias,
+            dtype=layer.dtype,
+            param_dtype=layer.param_dtype,
+        )
+        abstract = isinstance(layer.v.get_value(), jax.ShapeDtypeStruct)
+        become(layer, nnx.eval_shape(empty) if abstract else empty())
 
 
 def plan_table(plan: Mapping[str, Any]) -> str:
@@ -154,7 +189,7 @@ def check_format(plan: Any) -> None:
             raise UserError(
                 f"{name} lacks {', '.join(missing)}; give the plan that gaudi_jax.compress returned"
             )
-        if "method" in keys and part["method"] not in ("gaudi", "low_rank"):
+        if "method" in keys and part["method"] not in METHODS:
             raise UserError(f"{name} has the unknown method {part['method']!r}; use another plan")
 
 
@@ -166,8 +201,9 @@ def _check_model(plan: Mapping[str, Any], dense: Mapping[str, Any], left: Mappin
         if path not in dense:
             problems.append(f"{path} {left.get(path, 'is not there')}")
             continue
-        n_in, n_out = features(dense[path])
-        there = n_in, n_out, dense[path].bias is not None
+        module = dense[path]
+        n_in, n_out = features(module)
+        there = n_in, n_out, module.bias is not None
         if there != wanted:
             problems.append(f"{path} is {_describe(*there)}, not {_describe(*wanted)}")
     known = {*plan["layers"], *plan["left"]}

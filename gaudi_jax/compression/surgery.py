@@ -70,6 +70,24 @@ def find_dense(model: nnx.Module) -> tuple[dict[str, Any], dict[str, str]]:
     return dense, {path: reason for path, reason in reasons.items() if reason is not None}
 
 
+def find_gaudi(model: nnx.Module) -> tuple[dict[str, GaudiLinear], dict[str, str]]:
+    """The Gaudi layers that can be packed by path, and reasons why others cannot.
+
+    Example:
+        >>> from flax import nnx
+        >>> from gaudi_jax import GaudiLinear
+        >>> from gaudi_jax.compression.surgery import find_gaudi
+        >>> model = nnx.Sequential(GaudiLinear(4, 4, rngs=nnx.Rngs(0)))
+        >>> list(find_gaudi(model)[0])
+        ['layers/0']
+    """
+    found = {
+        _name(path): node for path, node in nnx.iter_graph(model) if isinstance(node, GaudiLinear)
+    }
+    stacked = {path: "it is stacked" for path, layer in found.items() if layer.v.ndim != 3}
+    return {path: layer for path, layer in found.items() if path not in stacked}, stacked
+
+
 def features(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes of the input's and of the output's axes that a dense layer maps."""
     if isinstance(module, nnx.LinearGeneral):

@@ -32,8 +32,9 @@ def load(
         workdir: directory of a run, or one that `gaudi_jax.save` wrote.
         step: step of the run's checkpoint, "best" (by validation accuracy, or loss), or None for
             the newest.
-        into: for a saved model, a dense model like the one that was compressed; shapes are enough
-            (``nnx.eval_shape``). It is left as it was. None for the model of a run.
+        into: for a saved model, one like that which was compressed (dense) or packed (with Gaudi
+            layers); shapes are enough (``nnx.eval_shape``). It is left as it was. None for the
+            model of a run.
 
     Raises:
         UserError: the directory holds no run, no such checkpoint or no saved model, or `into` is

@@ -1,0 +1,41 @@
+"""What the products of a packed layer cost in time, as a model of a few numbers per machine."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Machine(NamedTuple):
+    """A device.
+
+    Attributes:
+        name: of the JAX backend.
+        overhead: seconds that each operation takes at least.
+        speed: multiplications a second in large products.
+        bandwidth: bytes a second to and from memory.
+        lanes: rows to which a product's sides are rounded up.
+    """
+
+    name: str
+    overhead: float
+    speed: float
+    bandwidth: float
+    lanes: int
+
+    def product(self, rows, depth, tokens: int, itemsize: int):
+        """Seconds of a product of a (rows, depth) matrix with tokens vectors."""
+        padded = -(-rows // self.lanes) * self.lanes * np.ceil(depth / self.lanes) * self.lanes
+        moved = (rows * depth + (rows + depth) * tokens) * itemsize
+        return self.overhead + np.maximum(padded * tokens / self.speed, moved / self.bandwidth)
+
+    def copy(self, elements, itemsize: int):
+        """Seconds of copying some elements."""
+        return self.overhead + 2 * elements * itemsize / self.bandwidth
+
+
+#: Measured with benchmarks/deploy.py.
+MACHINES = {
+    "cpu": Machine("cpu", 1e-5, 5e10, 5e9, 8),
+    "gpu": Machine("gpu", 4e-6, 2e14, 2e12, 64),
+    "tpu": Machine("tpu", 4e-6, 5e13, 8e11, 128),
+}

@@ -1,0 +1,181 @@
+"""Packed layers compute what Gaudi layers compute with exact boxcars, in whatever products."""
+
+import json
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+
+import gaudi_jax
+from gaudi_jax.deploy.harden import pack
+from gaudi_jax.deploy.machine import MACHINES, Machine
+from gaudi_jax.errors import UserError
+from gaudi_jax.layers import GaudiLinear, PackedLinear
+from gaudi_jax.layers.packed import Layout, Read, Write
+
+#: Every product counts for itself; products and copies cost about the same; only their number does.
+FREE = Machine("free", 0.0, 1.0, 1e12, 1)
+EVEN = Machine("even", 1.0, 100.0, 1e3, 1)
+FEW = Machine("few", 1.0, 1e12, 1e12, 1)
+
+
+def layer_of(seed, cells, cell, rank, blocks, *, bias=True, **places):
+    rng = np.random.default_rng(seed)
+    n, m = (count * size for count, size in zip(cells, cell, strict=True))
+    widths = rng.random((2, blocks)) * (rng.random(blocks) < 0.8)
+    places = {"widths": widths, "locations": rng.random((2, blocks))} | places
+    layer = GaudiLinear.from_blocks(
+        jnp.asarray(rng.normal(size=(blocks, rank, n)), jnp.float32),
+        jnp.asarray(rng.normal(size=(blocks, rank, m)), jnp.float32),
+        **{name: jnp.asarray(value, jnp.float32) for name, value in places.items()},
+        granularity=cell,
+        bias=jnp.asarray(rng.normal(size=m), jnp.float32) if bias else None,
+    )
+    layer.eval()
+    return layer
+
+
+def assert_same_function(packed, layer):
+    x = jax.random.normal(jax.random.key(0), (2, 3, layer.in_features))
+    expected = layer(x)
+    np.testing.assert_allclose(
+        packed(x), expected, atol=1e-5 * max(1.0, float(jnp.linalg.norm(expected)))
+    )
+    np.testing.assert_allclose(packed.kernel(), layer.kernel(), atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    cells=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    cell=st.tuples(st.sampled_from([1, 3, 8]), st.sampled_from([1, 3, 8])),
+    rank=st.integers(1, 2),
+    blocks=st.integers(1, 6),
+    machine=st.sampled_from([FREE, EVEN, FEW]),
+    tokens=st.sampled_from([1, 64]),
+)
+def test_any_blocks(seed, cells, cell, rank, blocks, machine, tokens):
+    layer = layer_of(seed, cells, cell, rank, blocks)
+    assert_same_function(pack(layer, machine, tokens), layer)
+
+
+@pytest.mark.parametrize("machine", [FREE, EVEN, MACHINES["cpu"]])
+@pytest.mark.parametrize(
+    ("cells", "cell", "places"),
+    [
+        ((4, 4), (64, 64), {}),
+        ((13, 7), (1, 1), {}),
+        ((6, 6), (2, 2), {"widths": np.ones((2, 4))}),
+        ((6, 6), (2, 2), {"widths": np.zeros((2, 4))}),
+        # Windows that wrap on both axes.
+        ((8, 8), (2, 2), {"widths": np.full((2, 4), 0.5), "locations": np.full((2, 4), 0.75)}),
+    ],
+)
+def test_special_places(machine, cells, cell, places):
+    layer = layer_of(0, cells, cell, 1, 4, **places)
+    assert_same_function(pack(layer, machine, 64), layer)
+
+
+def test_a_dead_layer_is_its_bias():
+    layer = layer_of(0, (4, 4), (8, 8), 1, 3, widths=np.zeros((2, 3)))
+    packed = pack(layer, MACHINES["cpu"], 1024)
+    assert packed.multiplications() == 0
+    np.testing.assert_array_equal(packed(jnp.ones((2, 32))), jnp.stack([layer.bias[...]] * 2))
+
+
+def test_dense_where_blocks_do_not_pay():
+    layer = layer_of(0, (4, 4), (1, 1), 1, 4, widths=np.ones((2, 4)))
+    packed = pack(layer, MACHINES["cpu"], 8)
+    assert packed.layout is None
+    assert packed.multiplications() == 16
+    assert_same_function(packed, layer)
+
+
+def test_free_products_multiply_no_zeros():
+    layer = layer_of(3, (4, 6), (2, 2), 1, 5)
+    packed = pack(layer, FREE, 64)
+    assert packed.layout is not None
+    assert packed.multiplications() <= layer.multiplications()
+    columns = packed.layout.writes[0]
+    assert columns.start == 0
+
+
+def test_a_model_of_any_class():
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            gaudi = GaudiLinear(16, 24, granularity=4, use_bias=False, rngs=rngs)
+            self.layers = nnx.List([gaudi, nnx.Dropout(0.5, rngs=rngs)])
+            self.again = gaudi
+            self.out = GaudiLinear(24, 16, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(self.layers[1](self.again(x) + self.layers[0](x)))
+
+    model = Net()
+    packed, plan = gaudi_jax.harden(model)
+    model.eval()
+    x = jnp.ones((3, 16))
+    np.testing.assert_allclose(packed(x), model(x), atol=1e-5)
+    assert isinstance(model.out, GaudiLinear)
+    assert packed.again is packed.layers[0]
+    assert sorted(plan["layers"]) == ["again", "out"]
+    plan = json.loads(json.dumps(plan, allow_nan=False))
+    empty = gaudi_jax.rebuild(nnx.eval_shape(Net), plan)
+    nnx.update(empty, nnx.state(packed))
+    empty.eval()
+    np.testing.assert_array_equal(empty(x), packed(x))
+
+
+def test_saved_and_loaded(tmp_path):
+    layer = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 2, 3))
+    packed, plan = gaudi_jax.harden(layer, tokens=4096)
+    gaudi_jax.save(tmp_path / "packed", packed, plan)
+    again = gaudi_jax.load(tmp_path / "packed", into=layer)
+    assert isinstance(again.layers[0], PackedLinear)
+    x = jnp.ones((5, 64))
+    np.testing.assert_array_equal(again(x), packed(x))
+
+
+def test_soft_masks_become_exact_boxcars():
+    layer = GaudiLinear(16, 16, sigma=2.0, rngs=nnx.Rngs(0))
+    layer.widths[...] = jnp.full((2, 16), 0.4)
+    packed, _ = gaudi_jax.harden(layer)
+    layer.eval()
+    x = jnp.ones((1, 16))
+    soft = layer(x)
+    layer.sigma[...] = jnp.inf
+    np.testing.assert_allclose(packed(x), layer(x), atol=1e-5)
+    assert np.abs(soft - packed(x)).max() > 1e-3
+
+
+def test_bfloat16_and_jit():
+    layer = layer_of(0, (8, 8), (8, 8), 1, 4)
+    half = GaudiLinear(64, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    packed = pack(layer, EVEN, 64)
+    x = jax.random.normal(jax.random.key(0), (4, 64))
+    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(packed, x), packed(x), atol=1e-4)
+    assert gaudi_jax.harden(half)[0](x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gaudi_jax.harden(nnx.Linear(4, 4, rngs=nnx.Rngs(0))), "holds no GaudiLinear"),
+        (lambda: gaudi_jax.harden(layer_of(0, (4, 4), (1, 1), 1, 2), tokens=0), "tokens=0"),
+        (lambda: gaudi_jax.harden(layer_of(0, (4, 4), (1, 1), 1, 2), backend="abacus"), "'abacus'"),
+        (lambda: PackedLinear(4, 4, Layout((Read(4, 1, 1),), ())), "outside the 4 input"),
+        (lambda: PackedLinear(4, 4, Layout((), (Write(1, 3, ()),))), "does not follow"),
+        (lambda: PackedLinear(4, 4, Layout((), (Write(0, 4, ((0, 1),)),))), "columns outside"),
+        (lambda: PackedLinear(4, 4, Layout((), (Write(0, 3, ()),))), "end at 3"),
+        (lambda: Layout.from_lists({"reads": [[1]]}), "layout of a packed layer is damaged"),
+        (lambda: pack(layer_of(0, (4, 4), (1, 1), 1, 2), FREE, 1).set_kernel(None), "keeps its"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
