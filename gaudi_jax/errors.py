@@ -14,3 +14,14 @@ class UserError(ValueError):
         ...
         gaudi_jax.errors.UserError: width target 2.0 is outside (0, 1]; give a fraction such as 0.3
     """
+
+
+def reason(error: Exception) -> str:
+    """What an error of another package says, in one line.
+
+    Example:
+        >>> from gaudi_jax.errors import reason
+        >>> reason(OSError("no such file")), reason(EOFError())
+        ('no such file', 'EOFError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

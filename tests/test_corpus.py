@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,24 @@ def test_a_folder_may_hold_its_own_splits(tmp_path, validation):
     (tmp_path / validation).unlink()
     corpus = load_corpus(f"text:{tmp_path}", validation_fraction=0.45)
     assert corpus == Corpus("train", ".txt", "test.txt")
+
+
+def test_held_out_text_never_becomes_training_text(tmp_path):
+    for name in ("a.txt", "validation.txt", "test.txt"):
+        write(tmp_path / name, WORDS)
+    with pytest.raises(UserError, match=r"holds validation\.txt and test\.txt but no train\.txt"):
+        load_corpus(f"text:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "."])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, name):
+    def read_bytes(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write(tmp_path / "a.txt", WORDS)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(UserError, match=r"cannot read .*Permission denied.*a\.txt.*make it read"):
+        load_corpus(f"text:{tmp_path / name}")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +172,7 @@ def test_prepared_tfds_sets_are_read(tmp_path, monkeypatch):
         ("poems", {}, "unknown text 'poems'; use one of docs"),
         ("text:", {}, "unknown text 'text:'"),
         ("text:/no/such", {}, "no file or folder /no/such"),
+        ("text:~nobody-of-this-name/a.txt", {}, "cannot read text:~nobody"),
         ("docs", {"validation_fraction": 0.0}, "validation_fraction=0.0"),
         ("docs", {"test_fraction": 0.95}, r"test_fraction=0.95 is outside \[0, 0.95\)"),
     ],

@@ -2,18 +2,29 @@
 
 import itertools
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 from flax import nnx
 
 from gaudi_jax.data import tokenizers
 from gaudi_jax.data.corpus import Corpus, load_corpus
 from gaudi_jax.data.text import evaluation_windows, load_text, train_windows, unigram_loss
-from gaudi_jax.data.tokenizers import Tokenizer, cached, character_tokenizer, load_tokenizer
+from gaudi_jax.data.tokenizers import (
+    LARGEST,
+    Tokenizer,
+    cached,
+    character_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+)
 from gaudi_jax.errors import UserError
 from gaudi_jax.models import GPT2, GPT2Config
 
+GOLDEN = Path(__file__).parent / "data" / "golden"
 WORDS = "the cat sat on the mat and the dog ran after the cat\n"
 
 
@@ -87,6 +98,33 @@ def test_saved_tokenizers_come_back_from_their_folder(tmp_path, name):
         assert again.decode(again.encode(text)) == text
 
 
+@pytest.mark.parametrize("name", ["chars", "bpe:270"])
+def test_saved_tokenizers_are_read_without_transformers(tmp_path, monkeypatch, name):
+    tokenizer = load_tokenizer(name, corpus_of(WORDS), cache_dir=tmp_path / "cache")
+    tokenizer.save(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    again = read_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == tokenizer.fingerprint
+    (tmp_path / "saved" / "tokenizer.json").write_text("{")
+    for folder in ("saved", "nowhere"):
+        with pytest.raises(UserError, match=f"cannot read the tokenizer .*{folder}"):
+            read_tokenizer(tmp_path / folder)
+
+
+def test_the_truncation_and_padding_of_a_tokenizer_are_turned_off(tmp_path):
+    expected = load_tokenizer("bpe:270", corpus_of(WORDS), cache_dir=tmp_path / "cache")
+    expected.save(tmp_path / "saved")
+    backend = hf_tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "saved" / "tokenizer.json"))
+    for tokenizer in (
+        load_tokenizer(f"hf:{tmp_path / 'saved'}", corpus_of("x"), cache_dir=tmp_path),
+        read_tokenizer(tmp_path / "saved"),
+    ):
+        np.testing.assert_array_equal(tokenizer.encode(WORDS), expected.encode(WORDS))
+
+
 def test_long_texts_are_encoded_in_pieces(monkeypatch):
     text = WORDS * 30
     expected = character_tokenizer(text).encode(text)
@@ -104,6 +142,8 @@ def test_long_texts_are_encoded_in_pieces(monkeypatch):
         ("words", "unknown tokenizer 'words'; use one of chars"),
         ("bpe:many", "at least 256"),
         ("bpe:255", "at least 256"),
+        (f"bpe:{LARGEST + 1}", f"at most {LARGEST}"),
+        ("bpe:" + "9" * 5000, f"at most {LARGEST}"),
         ("hf:", "unknown tokenizer 'hf:'"),
     ],
 )
@@ -115,6 +155,16 @@ def test_mistakes_about_tokenizers_are_named(tmp_path, name, message):
 def test_folders_without_a_tokenizer_are_named(tmp_path):
     with pytest.raises(UserError, match=f"cannot load the tokenizer hf:{tmp_path}"):
         load_tokenizer(f"hf:{tmp_path}", corpus_of(WORDS), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5"])
+def test_folders_of_weights_are_no_tokenizers(tmp_path, kind):
+    folder = GOLDEN / "hf_gpt2_tiny"
+    if kind != "gpt2":
+        folder = tmp_path
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError, match=f"hf:{folder} holds a model without tokenizer files"):
+        load_tokenizer(f"hf:{folder}", corpus_of(WORDS), cache_dir=tmp_path)
 
 
 # ---- token ids on disk ----
@@ -159,8 +209,26 @@ def test_interrupted_writing_leaves_nothing_behind(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path / "folder" / "file", interrupted)
+        cached(tmp_path / "folder" / "file", interrupted, Path.read_bytes)
     assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 5, 60, 128, 200])
+def test_damaged_token_ids_are_made_anew(tmp_path, caplog, size):
+    (tmp_path / "a.txt").write_text(WORDS * 10)
+    options = {"tokenizer": "bpe:270", "cache_dir": tmp_path / "cache"}
+    expected = load_text(f"text:{tmp_path / 'a.txt'}", **options)
+    files = sorted((tmp_path / "cache").iterdir())
+    whole = [file.read_bytes() for file in files]
+    for file, content in zip(files, whole, strict=True):
+        file.unlink()  # memory-mapped: its content is in use
+        file.write_bytes(content[: min(size, len(content) - 1)])
+    again = load_text(f"text:{tmp_path / 'a.txt'}", **options)
+    assert caplog.text.count("cannot be read") == len(files) == 4
+    assert [file.read_bytes() for file in files] == whole
+    for split in ("train", "validation", "test"):
+        tokens = getattr(again, split).tokens
+        np.testing.assert_array_equal(tokens, getattr(expected, split).tokens)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):

@@ -17,7 +17,7 @@ import gaudi_jax
 from configs import docs_gpt_gaudi, gpt2_gaudi, shakespeare_gpt_finetune, shakespeare_gpt_gaudi
 from gaudi_jax.cost import cost
 from gaudi_jax.data.corpus import Corpus
-from gaudi_jax.data.tokenizers import load_tokenizer
+from gaudi_jax.data.tokenizers import load_tokenizer, read_tokenizer
 from gaudi_jax.decomposition import svd_factors
 from gaudi_jax.errors import UserError
 from gaudi_jax.report import plot_curves, summary_table, write_report
@@ -29,7 +29,7 @@ from gaudi_jax.training.start import initialise
 from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
 from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.text_task import TextTask
-from gaudi_jax.training.workdir import claim_workdir, read_config
+from gaudi_jax.training.workdir import read_config
 from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
 
 TEXT = "to be, or not to be: that is the question.\n" * 6
@@ -256,8 +256,7 @@ def test_a_run_starts_from_a_model_of_the_same_characters_only(text, other_text,
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     other_text.write_text(TEXT[::-1])  # another text of the same characters
-    config = open_task(config).config
-    initialise(build_model(config), str(dense), config)
+    assert loop.train(config, tmp_path / "run")
 
 
 def test_the_dense_phase_has_the_characters_of_its_run(text, other_text, tmp_path):
@@ -270,17 +269,80 @@ def test_the_dense_phase_has_the_characters_of_its_run(text, other_text, tmp_pat
     assert not (tmp_path / "run" / "dense").exists()
 
 
-def test_a_run_goes_on_with_its_own_characters_only(text, other_text, dense):
+def test_the_dense_phase_has_the_text_of_its_run(text, other_text, tmp_path):
+    other_text.write_text(TEXT[::-1])
+    config = shakespeare_gpt_finetune.get_config("smoke")
+    config.data.update(name=f"text:{text}", block=12, cache_dir=str(tmp_path / "cache"))
+    config = open_task(config).config
+    assert config.pretrain.data.corpus_sha256 == config.data.corpus_sha256
+    pretrain = open_task(config.pretrain).config
+    assert pretrain.data.corpus_sha256 == config.data.corpus_sha256
+    # One that is told to have another text of the same characters may have it.
+    config.pretrain.data = config.data.copy_and_resolve_references()
+    config.pretrain.data.update(name=f"text:{other_text}", corpus_sha256=None)
+    config = open_task(config).config
+    assert open_task(config.pretrain).config.data.corpus_sha256 != config.data.corpus_sha256
+
+
+def test_a_run_goes_on_with_its_own_vocabulary_only(dense):
     config = ConfigDict(read_config(dense))
     open_task(config)
-    config.data.name = f"text:{other_text}"
-    with pytest.raises(UserError, match=r"other\.txt' has another vocabulary than this run"):
+    config.data.tokenizer = "bpe:256"
+    with pytest.raises(UserError, match=r"data\.tokenizer='bpe:256' .* has another vocabulary"):
         open_task(config)
-    resumed = open_task(tiny_text_config(other_text, "layer=dense", steps=2)).config
-    resumed.data.name = f"text:{text}"  # the file that has changed keeps its name
-    resumed.data.cache_dir = config.data.cache_dir
-    with pytest.raises(UserError, match=r"another config \(data\.vocabulary_digest is"):
-        claim_workdir(dense, resumed.to_dict())
+
+
+@pytest.mark.parametrize("change", [lambda text: text[::-1], lambda text: text.replace("q", "z")])
+def test_a_run_goes_on_with_its_own_text_only(tmp_path, monkeypatch, change):
+    file = tmp_path / "hamlet.txt"
+    file.write_text(TEXT)
+    config = tiny_text_config(file, "layer=dense")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert not loop.train(config, tmp_path / "run")
+    file.write_text(change(TEXT))
+    with pytest.raises(UserError, match=r"another config \(data\.corpus_sha256 is .*config and"):
+        loop.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"hamlet\.txt' is another text than this run began with"):
+        write_report(tmp_path / "run")
+    file.write_text(TEXT)
+    assert loop.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["chars", "bpe:270"])
+def test_a_run_keeps_its_tokenizer(text, tmp_path, name):
+    config = tiny_text_config(text, "layer=dense", steps=1)
+    config.data.update(block=4, tokenizer=name)
+    tokenizer = open_task(config).splits.tokenizer
+    assert loop.train(config, tmp_path / "run")
+    again = read_tokenizer(tmp_path / "run" / "tokenizer")
+    assert again.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(again.encode(TEXT), tokenizer.encode(TEXT))
+    assert again.decode(again.encode(TEXT)) == TEXT
+    # Another run on another text starts from this one, with its tokenizer.
+    (tmp_path / "other.txt").write_text("the quest is not to be\n" * 20)
+    other = tiny_text_config(tmp_path / "other.txt", "layer=dense", steps=1)
+    other.data.update(block=4, tokenizer=f"hf:{tmp_path / 'run' / 'tokenizer'}")
+    other.init_from = str(tmp_path / "run")
+    assert loop.train(other, tmp_path / "other")
+
+
+def test_a_split_with_nothing_to_predict_is_named(text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("hello")
+    config = tiny_text_config(text)
+    config.data.name = f"text:{short}"
+    config.data.validation_fraction = 0.05
+    message = (
+        r"the validation text of .*short\.txt' has 0 tokens .* data\.validation_fraction=0\.05"
+    )
+    with pytest.raises(UserError, match=message):
+        open_task(config)
+    for name, content in {"train.txt": TEXT, "valid.txt": TEXT, "test.txt": "t"}.items():
+        (tmp_path / name).write_text(content)
+    config.data.name = f"text:{tmp_path}"
+    with pytest.raises(UserError, match=r"the test text of .* has 1 tokens"):
+        open_task(config)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gaudi_jax.data.prepared import open_prepared
-from gaudi_jax.errors import UserError
+from gaudi_jax.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def load_corpus(
             * ``docs``: the topics of Python's documentation that Python carries
               (`pydoc_data.topics`), about half a megabyte that differs from version to version;
             * ``text:PATH``: a file, or a folder: either with train.txt and perhaps validation.txt
-              (or valid.txt, val.txt) and test.txt, or else every ``*.txt`` in it and below, in the
-              order of their paths, hidden ones left out;
+              (or valid.txt, val.txt) and test.txt, or with none of these but any other ``*.txt``
+              in it and below, in the order of their paths, hidden ones left out;
             * ``hf:OWNER/NAME`` or ``hf:OWNER/NAME:CONFIG``: the column "text" of a data set on the
               Hugging Face hub, each row ending in a line end (needs the package datasets);
             * ``tfds:NAME``: the feature "text" of a prepared TensorFlow Datasets set, likewise.
@@ -100,7 +100,12 @@ def load_corpus(
     if name == "docs":
         parts = {"train": _Part(_docs())}
     elif kind == "text" and rest:
-        parts = _files(Path(rest).expanduser())
+        try:
+            parts = _files(Path(rest).expanduser())
+        except (OSError, RuntimeError) as error:  # the latter of a home that is not there
+            raise UserError(
+                f"cannot read {name} ({reason(error)}); make it readable, or choose another text"
+            ) from error
     elif kind == "hf" and rest:
         parts = _hub(rest)
     elif kind == "tfds" and rest:
@@ -155,12 +160,18 @@ def _files(path: Path) -> dict[str, _Part]:
         return {"train": _decoded([path.read_bytes()], path)}
     if not path.is_dir():
         raise UserError(f"there is no file or folder {path}; give text:PATH of one")
-    if (path / "train.txt").is_file():
-        found = {
-            split: next((path / name for name in names if (path / name).is_file()), None)
-            for split, names in SPLIT_FILES.items()
-        }
-        return {split: _decoded([p.read_bytes()], p) for split, p in found.items() if p}
+    own = {
+        split: next((path / name for name in names if (path / name).is_file()), None)
+        for split, names in SPLIT_FILES.items()
+    }
+    found = {split: file for split, file in own.items() if file}
+    if found and "train" not in found:  # what is held out must not become training text
+        held_out = " and ".join(file.name for file in found.values())
+        raise UserError(
+            f"folder {path} holds {held_out} but no train.txt; give the text to train on that name"
+        )
+    if found:
+        return {split: _decoded([file.read_bytes()], file) for split, file in found.items()}
     paths = [
         file
         for file in sorted(path.rglob("*.txt"))
@@ -183,7 +194,7 @@ def _hub(name: str) -> dict[str, _Part]:
         sets = datasets.load_dataset(path, config or None)
     except Exception as error:  # many kinds, from unknown names to a missing network
         raise UserError(
-            f"cannot load the data set hf:{name} ({_reason(error)}); check the name, and the "
+            f"cannot load the data set hf:{name} ({reason(error)}); check the name, and the "
             "network or the cache of datasets"
         ) from error
     for split in sets:
@@ -225,7 +236,3 @@ def _decoded(pieces: Iterable[bytes], origin: Any) -> _Part:
 
 def _lines(texts: Iterable[str]) -> str:
     return "".join(text if text.endswith("\n") else text + "\n" for text in texts)
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -236,10 +236,12 @@ def unigram_loss(
 def _token_split(text: str, tokenizer: Tokenizer, folder: Path) -> TokenSplit:
     content = text.encode()
     key = hashlib.sha256(content + tokenizer.fingerprint.encode()).hexdigest()
-    file = cached(folder / f"{key}.npy", lambda file: np.save(file, tokenizer.encode(text)))
+    tokens = cached(
+        folder / f"{key}.npy",
+        lambda file: np.save(file, tokenizer.encode(text)),
+        functools.partial(np.load, mmap_mode="r"),
+    )
     words = sum(len(line.split()) for line in text.split("\n"))
-    # NumPy cannot map an empty array.
-    tokens = np.load(file, mmap_mode="r" if text else None)
     return TokenSplit(tokens, len(content), words + text.count("\n"))
 
 

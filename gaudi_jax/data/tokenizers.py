@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -16,12 +16,19 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gaudi_jax.data.corpus import Corpus
-from gaudi_jax.errors import UserError
+from gaudi_jax.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
+Content = TypeVar("Content")
+
 FORMS = "chars, bpe:VOCAB_SIZE, hf:DIRECTORY_OR_ID"
 BYTES = 256
+#: The largest vocabulary that is trained. The trainer reserves memory for all of it at once, and
+#: ends the process where there is none.
+LARGEST = 2**20
+#: The file of a saved tokenizer.
+FILE = "tokenizer.json"
 #: Characters of a piece, and pieces that are encoded at once: enough for all cores, while what the
 #: tokenizer keeps of every token beside its id stays under a gigabyte.
 PIECE, PIECES = 2**18, 32
@@ -31,7 +38,8 @@ class Tokenizer:
     """Turns text into token ids and back.
 
     Args:
-        backend: a tokenizer of the package tokenizers.
+        backend: a tokenizer of the package tokenizers. Its truncation and padding are turned off:
+            every token of a text counts, and no others.
 
     Attributes:
         vocab_size: ids lie in [0, vocab_size).
@@ -41,6 +49,8 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
@@ -92,16 +102,40 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in token_ids], skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
-        """Writes a folder that ``hf:DIRECTORY`` names and that transformers loads."""
+        """Writes a folder for `read_tokenizer`, ``hf:DIRECTORY`` and transformers."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), "utf-8")
+        (folder / FILE).write_text(self._backend.to_str(pretty=True), "utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             # Text comes back as it was; the clean-up would join punctuation with what precedes it.
             "clean_up_tokenization_spaces": False,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_tokenizer(directory: str | Path) -> Tokenizer:
+    """A tokenizer that `Tokenizer.save` wrote, such as that of a run, ``WORKDIR/tokenizer``.
+
+    Raises:
+        UserError: it is not there, or is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from gaudi_jax.data.tokenizers import character_tokenizer, read_tokenizer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     character_tokenizer("abc").save(folder)
+        ...     read_tokenizer(folder).encode("cab").tolist()
+        [2, 0, 1]
+    """
+    file = Path(directory) / FILE
+    try:
+        return _read(file)
+    except Exception as error:  # the package raises nothing more special
+        raise UserError(
+            f"cannot read the tokenizer {file} ({reason(error)}); give a folder that a run or "
+            "Tokenizer.save wrote"
+        ) from error
 
 
 def load_tokenizer(name: str, corpus: Corpus, *, cache_dir: str | Path) -> Tokenizer:
@@ -118,7 +152,7 @@ def load_tokenizer(name: str, corpus: Corpus, *, cache_dir: str | Path) -> Token
         cache_dir: folder that keeps trained tokenizers.
 
     Raises:
-        UserError: the name is unknown, the size too small, or the tokenizer cannot be loaded.
+        UserError: the name is unknown, the size out of range, or the tokenizer cannot be loaded.
 
     Example:
         >>> from gaudi_jax.data.corpus import load_corpus
@@ -131,14 +165,18 @@ def load_tokenizer(name: str, corpus: Corpus, *, cache_dir: str | Path) -> Token
     if name == "chars":
         return character_tokenizer(corpus.train + corpus.validation + corpus.test)
     if kind == "bpe":
-        if not rest.isdecimal() or int(rest) < BYTES:
-            raise UserError(f"tokenizer {name!r} needs a vocabulary of at least {BYTES}: bpe:512")
-        size = int(rest)
-        file = cached(
+        # Python reads no number of thousands of digits.
+        size = int(rest) if rest.isdecimal() and len(rest) < 20 else 0
+        if not BYTES <= size <= LARGEST:
+            raise UserError(
+                f"tokenizer {name!r} needs a vocabulary of at least {BYTES} and at most {LARGEST} "
+                "tokens: bpe:512"
+            )
+        tokenizer = cached(
             Path(cache_dir) / f"{_sha256(corpus.train)}-bpe-{size}.json",
-            lambda f: f.write(_trained(corpus.train, size).to_str().encode()),
+            lambda file: file.write(_trained(corpus.train, size).to_str().encode()),
+            _read,
         )
-        tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
         if tokenizer.vocab_size < size:
             log.warning("the text yields only %d of %d tokens", tokenizer.vocab_size, size)
         return tokenizer
@@ -177,14 +215,15 @@ def pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def cached(file: Path, write: Callable[[Any], object]) -> Path:
-    """The file, which is written first if it is not there.
+def cached(file: Path, write: Callable[[Any], object], read: Callable[[Path], Content]) -> Content:
+    """The content of a file, which is written first if it is not there or is damaged.
 
     It appears complete or not at all, whatever is interrupted or runs at the same time.
 
     Args:
         file: its path; folders are made.
         write: writes the contents to a binary file.
+        read: reads them; what it raises means that the file is damaged.
 
     Raises:
         UserError: the folder cannot be written.
@@ -193,11 +232,15 @@ def cached(file: Path, write: Callable[[Any], object]) -> Path:
         >>> import pathlib, tempfile
         >>> from gaudi_jax.data.tokenizers import cached
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     cached(pathlib.Path(folder) / "a", lambda file: file.write(b"text")).read_bytes()
-        b'text'
+        ...     file = pathlib.Path(folder) / "a"
+        ...     cached(file, lambda file: file.write(b"text"), pathlib.Path.read_text)
+        'text'
     """
     if file.exists():
-        return file
+        try:
+            return read(file)
+        except Exception as error:  # of any kind: it depends on where a file was cut
+            log.warning("%s cannot be read (%s) and is written anew", file, reason(error))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
@@ -211,11 +254,15 @@ def cached(file: Path, write: Callable[[Any], object]) -> Path:
         raise UserError(
             f"cannot write {file} ({error.strerror}); set data.cache_dir to a folder with room"
         ) from error
-    return file
+    return read(file)
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(file: Path) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
 
 
 def _trained(text: str, vocab_size: int) -> tokenizers.Tokenizer:
@@ -236,10 +283,18 @@ def _hugging_face(name: str) -> Tokenizer:
     from transformers import AutoTokenizer  # slow to import
 
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(name).backend_tokenizer)
+        loaded = AutoTokenizer.from_pretrained(name)
+        tokenizer = Tokenizer(loaded.backend_tokenizer)
     except Exception as error:  # many kinds, from missing files to a missing network
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"cannot load the tokenizer hf:{name} ({reason}); give a folder that holds "
-            "tokenizer.json, or an id on the Hugging Face hub"
+            f"cannot load the tokenizer hf:{name} ({reason(error)}); give a folder that holds "
+            f"{FILE}, or an id on the Hugging Face hub"
         ) from error
+    # Where a model lies without a tokenizer, transformers makes one up of its kind's special tokens
+    # (T5's has a mark for spaces too), which loses every text.
+    if set(loaded.get_vocab()) <= {*loaded.all_special_tokens, "\u2581"}:
+        raise UserError(
+            f"hf:{name} holds a model without tokenizer files; add its {FILE}, or name the "
+            "tokenizer that it was trained with"
+        )
+    return tokenizer

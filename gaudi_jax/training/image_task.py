@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -81,6 +82,9 @@ class ImageTask:
         """The data in a few words."""
         images, classes = len(self.splits.train), self.splits.num_classes
         return f"{self.config.data.name}: {images} training images, {classes} classes"
+
+    def save_extras(self, workdir: Path) -> None:
+        """Nothing."""
 
     def train_batches(self) -> grain.DatasetIterator:
         """Endless batches of augmented images, resumable."""

@@ -52,10 +52,11 @@ log = logging.getLogger(__name__)
 def train(config: ConfigDict, workdir: str | Path) -> bool:
     """Trains the model of a config in a workdir, or continues the run that the workdir holds.
 
-    The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, and a
-    plan for each structure that compression gives the model (`gaudi_jax.training.phases`). On
-    SIGTERM the run saves a checkpoint and returns; called again, it continues, and ends bitwise as
-    if it had never stopped (same machine, same number of devices).
+    The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, a plan
+    for each structure that compression gives the model (`gaudi_jax.training.phases`), and of a
+    language model the ``tokenizer/`` (`gaudi_jax.data.tokenizers.read_tokenizer`). On SIGTERM the
+    run saves a checkpoint and returns; called again, it continues, and ends bitwise as if it had
+    never stopped (same machine, same number of devices).
 
     Args:
         config: as a config file gives it (see ``configs/``).
@@ -84,6 +85,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
         initialise(model, source, config)
     claim_workdir(workdir, config.to_dict())
     workdir = Path(workdir)
+    task.save_extras(workdir)
     if "pretrain" in config and not resumes:
         log.info("the dense model first")
         source = str(workdir / "dense")

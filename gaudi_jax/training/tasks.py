@@ -1,6 +1,7 @@
 """What is learned: the data of a run, and how a batch becomes a loss and a result."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import grain
@@ -41,6 +42,9 @@ class Task(Protocol):
 
     def describe(self) -> str:
         """The data in a few words."""
+
+    def save_extras(self, workdir: Path) -> None:
+        """Writes into a run's workdir what use of its model takes beside its parameters."""
 
     def train_batches(self) -> grain.DatasetIterator:
         """Endless training batches, resumable."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -27,6 +28,8 @@ from gaudi_jax.models.generate import generate
 #: Samples of a summary: how many, and the most tokens that are given and added.
 SAMPLES, PROMPT, CONTINUATION = 3, 32, 160
 TEMPERATURE = 0.8
+#: Folder of a workdir that holds the tokenizer.
+TOKENIZER = "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +55,9 @@ class TextTask:
 
         Raises:
             UserError: the text or the tokenizer is unknown, missing or unreadable, an option is out
-                of range, the model is too small for the tokenizer or the windows, or the vocabulary
-                is not the one that the config's run began with.
+                of range, the model is too small for the tokenizer or the windows, a split has no
+                token to predict, or the text or the vocabulary is not the one that the config's run
+                began with.
         """
         data = config.data
         splits = load_text(
@@ -63,6 +67,12 @@ class TextTask:
             test_fraction=data.test_fraction,
             cache_dir=data.cache_dir,
         )
+        if data.get("corpus_sha256") not in (None, splits.sha256):
+            # The state of the run's iterator would stand for other windows.
+            raise UserError(
+                f"data.name={data.name!r} is another text than this run began with; use the text "
+                "that it began with, or start another run from this one's model with init_from"
+            )
         vocabulary = splits.tokenizer.vocabulary_digest
         if data.get("vocabulary_digest") not in (None, vocabulary):
             raise UserError(
@@ -73,10 +83,13 @@ class TextTask:
         resolved = config.copy_and_resolve_references()
         model = resolved.model
         with resolved.unlocked():
-            # Part of the config, so that it is known wherever the run goes on or is started from.
+            # Part of the config, to be known wherever the run goes on or is started from.
             resolved.data.vocabulary_digest = vocabulary
+            resolved.data.corpus_sha256 = splits.sha256
             if "pretrain" in resolved:  # its model must know the same tokens
                 resolved.pretrain.data.vocabulary_digest = vocabulary
+                if resolved.pretrain.data.name == data.name:  # it may have a text of its own
+                    resolved.pretrain.data.corpus_sha256 = splits.sha256
             if model.vocab_size is None:
                 model.vocab_size = splits.tokenizer.vocab_size
             if model.context is None:
@@ -94,6 +107,13 @@ class TextTask:
             )
         task = cls(resolved, splits)
         for split in ("validation", "test"):
+            size = len(getattr(splits, split).tokens)
+            if size < 2:
+                raise UserError(
+                    f"the {split} text of data.name={data.name!r} has {size} tokens and so none to "
+                    "predict; give a longer text, or, where it is cut from the training text, a "
+                    f"larger share of it than data.{split}_fraction={data[f'{split}_fraction']}"
+                )
             task.evaluation_batches(split)  # which checks its options at once
         return task
 
@@ -111,6 +131,10 @@ class TextTask:
         """The data in a few words."""
         tokens, vocabulary = len(self.splits.train.tokens), self.splits.tokenizer.vocab_size
         return f"{self.config.data.name}: {tokens} training tokens, {vocabulary} different ones"
+
+    def save_extras(self, workdir: Path) -> None:
+        """The tokenizer, in the folder ``tokenizer``."""
+        self.splits.tokenizer.save(workdir / TOKENIZER)
 
     def train_batches(self) -> grain.DatasetIterator:
         """Endless batches of shuffled windows, resumable."""

@@ -30,6 +30,7 @@ DECIDED_BY_DATA = (
     "model.vocab_size",
     "model.context",
     "data.vocabulary_digest",
+    "data.corpus_sha256",
 )
 
 
