@@ -42,9 +42,9 @@ def make_plan(layers: Mapping[str, Mapping[str, Any]], left: Mapping[str, str]) 
     Args:
         layers: by path: method ("gaudi", "low_rank" or "packed"), in_features and out_features (a
             number, or the sizes of several axes), rank, num_blocks, granularity (a pair),
-            use_bias, error and activation_error (relative; the latter None without calibration), multiplications
-            and dense_multiplications of one input vector. num_blocks and granularity are None for
-            "low_rank". A "packed" layer has no rank either, but a layout.
+            use_bias, error and activation_error (relative; the latter None without calibration),
+            multiplications and dense_multiplications of one input vector. num_blocks and
+            granularity are None for "low_rank". A "packed" layer has no rank either, but a layout.
         left: reasons by path.
     """
     return {

@@ -102,6 +102,9 @@ class Layout(NamedTuple):
             ) from error
 
 
+NOTHING = Layout((), ())
+
+
 class PackedLinear(StructuredLinear):
     """A linear layer that holds only what lies inside the blocks, and a fixed layout of products.
 
@@ -157,7 +160,7 @@ class PackedLinear(StructuredLinear):
         def zeros(*shape: int) -> nnx.Param:
             return nnx.Param(jnp.zeros(shape, param_dtype))
 
-        reads, writes = (layout.reads, layout.writes) if layout else ((), ())
+        reads, writes = layout or NOTHING
         self.v = nnx.List([zeros(read.columns, read.length) for read in reads])
         self.u = nnx.List([zeros(write.depth, write.length) for write in writes])
         self.dense = nnx.data(zeros(in_features, out_features) if layout is None else None)
@@ -165,16 +168,16 @@ class PackedLinear(StructuredLinear):
 
     def fill(self, left: Float[Array, "k in"], right: Float[Array, "k out"]) -> None:
         """Sets the values from columns in the order of the reads, zero outside their windows."""
-        if self.layout is None:
+        if self.dense is not None:
             kernel = jnp.matmul(left.T, right, precision="highest")
-            self.dense[...] = kernel.astype(self.param_dtype)
-            return
+            self.dense.set_value(kernel.astype(self.param_dtype))
+        reads, writes = self.layout or NOTHING
         first = 0
-        for read, v in zip(self.layout.reads, self.v, strict=True):
+        for read, v in zip(reads, self.v, strict=True):
             rows = left[first : first + read.columns]
             v[...] = jnp.roll(rows, -read.start, axis=1)[:, : read.length].astype(v.dtype)
             first += read.columns
-        for write, u in zip(self.layout.writes, self.u, strict=True):
+        for write, u in zip(writes, self.u, strict=True):
             run = right[:, write.start : write.start + write.length]
             u[...] = _parts(run.T, write.columns).T.astype(u.dtype)
 
@@ -194,19 +197,20 @@ class PackedLinear(StructuredLinear):
 
     def product(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
         """The product ``x @ kernel()``."""
-        if self.layout is None:
+        if self.dense is not None:
             return jnp.matmul(x, self.dense[...].astype(x.dtype), out_sharding=out_sharding)
+        reads, writes = self.layout or NOTHING
         hidden = [
             x[..., :0],
             *(
                 jnp.matmul(_parts(x, _window(read, self.in_features)), v[...].T.astype(x.dtype))
-                for read, v in zip(self.layout.reads, self.v, strict=True)
+                for read, v in zip(reads, self.v, strict=True)
             ),
         ]
         z = jnp.concatenate(hidden, axis=-1)
         outputs = [
             jnp.matmul(_parts(z, write.columns), u[...].astype(x.dtype))
-            for write, u in zip(self.layout.writes, self.u, strict=True)
+            for write, u in zip(writes, self.u, strict=True)
         ]
         y = jnp.concatenate(outputs, axis=-1)
         return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
