@@ -17,8 +17,8 @@ The paper's recipe: windows of 1024 tokens, batches of 512, 10 epochs, learning 
 epoch of warm-up and then linear decay, weight decay 0.1, gradients clipped at norm 1; hard masks,
 a quarter of the blocks at full width at first, evenly spaced, and a mean width of 0.25 kept.
 About 117.9 million training tokens make 225 steps an epoch. ``recipe=budget`` lets a budget of
-multiplications fall instead. The same command with ``--config.evaluate_only=True
---config.data.stride=512`` evaluates a finished run with sliding windows.
+multiplications fall instead. ``python -m gaudi_jax.report WORKDIR --stride=512`` evaluates a
+finished run with sliding windows.
 
 Published perplexities on the test text: dense 19.36, Gaudi-GBLR 19.24 (the authors' README: 18.98)
 at 43.7 % of the multiplications. Hardware: a GPU or TPU. Not measured with this code yet.

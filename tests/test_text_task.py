@@ -170,6 +170,19 @@ def test_a_run_leaves_a_readable_report(finished, monkeypatch):
     np.testing.assert_allclose(last[1]["validation_loss"], summary["validation_loss"], rtol=1e-5)
 
 
+def test_a_report_with_sliding_windows(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextTask, "_samples", lambda self, model: [])
+    workdir = tmp_path / "run"
+    shutil.copytree(dense, workdir)
+    beside = write_report(workdir)
+    sliding = write_report(workdir, stride=3)
+    assert (beside["stride"], sliding["stride"]) == (12, 3)
+    assert sliding["validation_loss"] != beside["validation_loss"]
+    assert write_report(workdir)["validation_loss"] == beside["validation_loss"]
+    with pytest.raises(UserError, match=r"data.stride=13 must lie in \[1, 12\]"):
+        write_report(workdir, stride=13)
+
+
 def test_loading_needs_no_text(text, tmp_path, finished, monkeypatch):
     monkeypatch.delattr("gaudi_jax.training.text_task.load_text")
     model = gaudi_jax.load(finished)

@@ -16,9 +16,14 @@ def main() -> int:
         type=lambda text: int(text) if text.isdigit() else text,
         help="step of the checkpoint, best or last; by default what the run's config says",
     )
+    parser.add_argument(
+        "--stride", type=int, help="tokens between evaluation windows of a text, for sliding ones"
+    )
     arguments = parser.parse_args()
     try:
-        print(summary_table(write_report(arguments.workdir, arguments.step)))
+        print(
+            summary_table(write_report(arguments.workdir, arguments.step, stride=arguments.stride))
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from gaudi_jax.cost import cost
+from gaudi_jax.errors import UserError
 from gaudi_jax.layers import Sigma
 from gaudi_jax.report.curves import plot_curves
 from gaudi_jax.report.masks import plot_masks
@@ -25,7 +26,9 @@ from gaudi_jax.training.workdir import read_config
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str, Any]:
+def write_report(
+    workdir: str | Path, step: int | str | None = None, *, stride: int | None = None
+) -> dict[str, Any]:
     """Evaluates the model of a run on the test split and writes its report.
 
     Writes ``summary.json``, the same as a table in ``summary.txt``, ``masks.png`` (for models with
@@ -35,13 +38,15 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
         workdir: directory of the run.
         step: which checkpoint: its step, "best" (by validation accuracy, or loss) or "last"; None
             for what the run's config says (``evaluate_checkpoint``).
+        stride: tokens between the windows of a text in evaluation; None for what the run's config
+            says (``data.stride``).
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
-        UserError: the workdir holds no run or no such checkpoint, or its data are gone or have
-            become others.
+        UserError: the workdir holds no run or no such checkpoint, its data are gone or have
+            become others, or the stride is out of range or the data are no text.
 
     Example:
         >>> from gaudi_jax.report import write_report
@@ -49,6 +54,10 @@ def write_report(workdir: str | Path, step: int | str | None = None) -> dict[str
     """
     workdir = Path(workdir)
     config = ConfigDict(read_config(workdir))
+    if stride is not None:
+        if "stride" not in config.data:
+            raise UserError(f"stride={stride} is for texts; leave it out for {config.data.name!r}")
+        config.data.stride = stride
     rows = read_metrics(workdir)
     choice = config.evaluate_checkpoint if step is None else step
     model, steps = load_with_step(workdir, None if choice == "last" else choice)

@@ -206,6 +206,7 @@ class TextTask:
                 for split in ("train", "validation", "test")
             },
             "vocab_size": vocab_size,
+            "stride": self.config.data.stride or self.config.data.block,
             "unigram_perplexity": _exp(unigram_loss(train, test, vocab_size)),
             "samples": self._samples(model),
         }

@@ -20,7 +20,6 @@ NOT_PART_OF_A_RUN = (
     "checkpoint.keep",
     "data.verify",
     "data.cache_dir",
-    "data.stride",
 )
 #: Keys that the data decide; only the config of a run that has opened its data has them all.
 DECIDED_BY_DATA = (
@@ -77,7 +76,6 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
         UserError: it holds no run, or that of another config.
     """
     saved, own = _flatten(read_config(workdir)), _flatten(_decode(_encode(config)))
-    missing = object()
 
     def differs(key: str) -> bool:
         name = key.removeprefix("pretrain.")  # the config of a dense phase is one too
@@ -85,7 +83,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
             return False
         if name in DECIDED_BY_DATA and None in (saved.get(key), own.get(key)):
             return False
-        return saved.get(key, missing) != own.get(key, missing)
+        return saved.get(key) != own.get(key)  # a key without a value may as well be missing
 
     if differing := sorted(filter(differs, saved.keys() | own.keys())):
         details = ", ".join(
