@@ -128,7 +128,9 @@ def our_step(task: Task, batch: dict) -> Any:
 def open_config(name: str, layer: str, args: argparse.Namespace) -> Task:
     file, _, arguments = ("gpt2_gaudi.py:smoke" if args.preset else name).partition(":")
     module = importlib.import_module(f"configs.{file.removesuffix('.py')}")
-    config = module.get_config(",".join(filter(None, [arguments, f"layer={layer}"])))
+    # Structured from the first step.
+    recipe = "" if layer == "dense" else "recipe=budget"
+    config = module.get_config(",".join(filter(None, [arguments, f"layer={layer}", recipe])))
     config.model.dropout = 0.0  # which the plain model has not
     if args.batch:
         config.data.batch_size = args.batch

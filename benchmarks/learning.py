@@ -93,6 +93,7 @@ VARIANT, VARIANT_SEEDS = "variant: ", 2
 def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Arguments of the config, and options of the command line."""
     own = f"budget={budget}"
+    scratch = f"recipe=budget,{own}"
     search = f"layer=gaudi,recipe=search,{own}"
     random = [
         f"--config.layer.{part}.{option}"
@@ -101,13 +102,13 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
     ]
     return {
         "dense": ("layer=dense", ()),
-        "low-rank, uniform": (f"layer=low_rank,{own}", ()),
+        "low-rank, uniform": (f"layer=low_rank,{scratch}", ()),
         "low-rank, search": (f"layer=low_rank,recipe=search,{own}", ()),
         MATCHED: (f"layer=low_rank,recipe=search,{own}", ()),
-        "Gaudi, budget": (f"layer=gaudi,{own}", ()),
-        "Gaudi, controller only": (f"layer=gaudi,{own}", FROZEN),
+        "Gaudi, budget": (f"layer=gaudi,{scratch}", ()),
+        "Gaudi, controller only": (f"layer=gaudi,{scratch}", FROZEN),
         "Gaudi, frozen random": (
-            f"layer=gaudi,{own}",
+            f"layer=gaudi,{scratch}",
             (*FROZEN, "--config.controller.name=none", *random),
         ),
         "Gaudi, paper": (

@@ -199,7 +199,7 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
     "layer": "gaudi",  # gaudi, low_rank or dense
     "attention": "",  # the same for the attention layers alone
     "mlp": "",  # and for the MLPs alone
-    "recipe": "budget",  # of gaudi: budget, paper or search; of low_rank: search or none
+    "recipe": "budget",  # budget or search, or for gaudi paper
     "budget": 0.3,  # multiplications over dense (but for gaudi with recipe=paper)
     "smoke": False,
 }
@@ -254,28 +254,30 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
     if not 0 < args["budget"] <= 1:
         raise UserError(f"budget={args['budget']} is outside (0, 1]; give a fraction such as 0.3")
     names = {part: args[part] or args["layer"] for part in config.layer}
+    kinds = set(names.values()) - {"dense"}
     if all(args[part] for part in names):
         args.reject("layer", because=f"beside {' and '.join(names)}")
-    if set(names.values()) == {"dense"}:
-        args.reject("budget", because="on dense layers")
-    if args["recipe"] == "paper" and "low_rank" not in names.values():
-        args.reject("budget", because="on recipe=paper")
-    if args["recipe"] == "search":
+    if not kinds:
+        args.reject("budget", "recipe", because="on dense layers")
+    elif args["recipe"] == "search":
         _use_search(config, args, names)
         return
+    elif args["recipe"] == "paper":
+        if "gaudi" not in kinds:
+            args.reject("recipe", because="without Gaudi layers")
+        if "low_rank" not in kinds:
+            args.reject("budget", because="on recipe=paper")
     gaudi: dict = {
         "name": "gaudi",
         "rank": 1,
         "granularity": 1,
         "density": config_dict.placeholder(float),  # of the initial widths; None: dense cost
     }
-    if "gaudi" not in names.values():
-        args.reject("recipe", because="without Gaudi layers")
-    elif args["recipe"] == "paper":
+    if args["recipe"] == "paper":
         config.sigma.update(paper.sigma)
         config.controller.update(paper.controller)
         gaudi.update(paper.layer)
-    else:
+    elif "gaudi" in kinds:
         # 2 cells of smoothing suit a grid of single features (docs/results.md).
         gaudi.update(backward_smoothing=2.0, widths=widths, locations="spaced")
         config.optimizer.layer_moment = True
@@ -289,10 +291,10 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
 def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> None:
     """Trains dense layers for a while, compresses them, and goes on."""
     kinds = set(names.values()) - {"dense"}
-    if not kinds:
-        args.reject("recipe", because="on dense layers")
     if len(kinds) > 1:
-        raise UserError("recipe=search makes all layers of one kind, or dense; choose one")
+        raise UserError(
+            "recipe=search makes all layers of one kind, or dense; choose one, or recipe=budget"
+        )
     own_out = "attention_out" in names
     paths = {
         "attention": "attention/(qkv|query|key|value)" if own_out else "attention/.*",

@@ -3,7 +3,7 @@
     python main.py --config=configs/docs_gpt_gaudi.py
     python main.py --config=configs/docs_gpt_gaudi.py:layer=dense
 
-Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper|search``, ``budget=0.5``,
+Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=search|budget|paper``, ``budget=0.5``,
 ``smoke``; ``attention=``, ``attention_out=`` and ``mlp=`` choose the layers of a part.
 
 The text is the half megabyte of documentation that Python carries, so that nothing is downloaded;
@@ -23,7 +23,7 @@ from configs.common import (
 
 
 def get_config(arguments: str | None = None):
-    args = parse_arguments(arguments, TEXT_ARGUMENTS | {"budget": 0.5})
+    args = parse_arguments(arguments, TEXT_ARGUMENTS | {"recipe": "search", "budget": 0.5})
     config = text_config()
     config.data.update(name="docs", tokenizer="bpe:512", block=64, batch_size=16, test_fraction=0.1)
     config.model.dropout = 0.1

@@ -6,7 +6,7 @@
 The text is the file "tinyshakespeare" (1.1 MB), or any other.
 
 Arguments: ``text=PATH``, ``size=cpu|gpu``, ``layer=gaudi|low_rank|dense``,
-``recipe=budget|paper|search``, ``budget=0.5``, ``smoke`` (embedded text); ``attention=``,
+``recipe=search|budget|paper``, ``budget=0.5``, ``smoke`` (embedded text); ``attention=``,
 ``attention_out=`` and ``mlp=`` choose the layers of a part.
 
 The sizes are nanoGPT's. ``cpu``: 4 layers of 4 heads, 128 wide, windows of 64 characters, 2000
@@ -46,7 +46,9 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def get_config(arguments: str | None = None):
-    args = parse_arguments(arguments, TEXT_ARGUMENTS | {"budget": 0.5, "text": "", "size": "cpu"})
+    args = parse_arguments(
+        arguments, TEXT_ARGUMENTS | {"recipe": "search", "budget": 0.5, "text": "", "size": "cpu"}
+    )
     if args["size"] not in SIZES:
         raise UserError(f"unknown size {args['size']!r}; use {' or '.join(SIZES)}")
     if args["smoke"]:

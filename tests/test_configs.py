@@ -23,8 +23,8 @@ def test_configs_build(module, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("recipe=paper,layer=dense", "'recipe' has no effect without Gaudi layers"),
-        ("recipe=budget,attention=dense,mlp=low_rank", "'recipe' has no effect without Gaudi"),
+        ("recipe=paper,layer=dense", "'recipe' has no effect on dense layers"),
+        ("recipe=paper,attention=dense,mlp=low_rank", "'recipe' has no effect without Gaudi"),
         ("layer=dense,budget=0.2", "'budget' has no effect on dense layers"),
         ("recipe=paper,budget=0.2", "'budget' has no effect on recipe=paper"),
         ("layer=dense,attention=gaudi,mlp=low_rank", "'layer' has no effect beside attention"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from unittest.mock import Mock
 
 import jax
@@ -42,7 +43,7 @@ def text(tmp_path_factory):
     return path
 
 
-def tiny_text_config(text, arguments="layer=gaudi", steps=8):
+def tiny_text_config(text, arguments="recipe=budget", steps=8):
     """About 5 steps an epoch: runs of 8 end in the middle of the second one."""
     config = shakespeare_gpt_gaudi.get_config(f"text={text},{arguments}")
     config.data.update(block=12, batch_size=4, cache_dir=str(text.parent / "cache"))
@@ -205,7 +206,7 @@ def test_resuming_within_an_epoch_equals_never_stopping(
 
 def test_structured_layers_start_from_the_svd_of_a_dense_run(text, dense):
     source = gaudi_jax.load(dense)
-    config = tiny_text_config(text, "attention=low_rank,mlp=gaudi,budget=0.5")
+    config = tiny_text_config(text, "recipe=budget,attention=low_rank,mlp=gaudi,budget=0.5")
     # Blocks enough for every singular value: the kernels are kept whole.
     with config.unlocked():
         config.layer.mlp.update(widths="leading", density=1.0)
