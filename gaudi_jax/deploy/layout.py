@@ -60,7 +60,7 @@ def compile_layout(
         >>> import numpy as np
         >>> from gaudi_jax.deploy.layout import Windows, compile_layout
         >>> from gaudi_jax.deploy.machine import Machine
-        >>> fine = Machine("fine", 0.0, 1.0, 1e9, 1)
+        >>> fine = Machine("fine", 0.0, 1.0, 1e9, 1e9, 1)
         >>> reads = Windows(np.array([0, 0]), np.array([4, 4]), 8)
         >>> writes = Windows(np.array([0, 2]), np.array([2, 6]), 8)
         >>> layout, order, _ = compile_layout(reads, writes, fine, tokens=64)
@@ -83,6 +83,8 @@ def compile_layout(
     if dense <= seconds:
         return Compiled(None, order, float(dense))
     inside = _inside(writes, cuts)[order]
+    _, whole = _run_price(np.diff(cuts), inside.sum(axis=0), len(order), machine, tokens, itemsize)
+    inside = inside | whole
     layout = Layout(
         tuple(Read(int(start), int(length), len(columns)) for start, length, columns in groups),
         tuple(
@@ -148,9 +150,7 @@ def _cut(windows: Windows, machine: Machine, tokens: int, itemsize: int):
     edges = np.unique(np.concatenate([[0, size], windows.start % size, ends % size]))
     active = _active(windows, edges)
     span = edges[None, :] - edges[:, None]
-    price = machine.product(span, active, tokens, itemsize)
-    price = price + machine.copy(active * tokens, itemsize)
-    price = np.where(active > 0, price, 0)
+    price, _ = _run_price(span, active, len(windows.start), machine, tokens, itemsize)
     best, origin = np.zeros(len(edges)), np.zeros(len(edges), int)
     for j in range(1, len(edges)):
         total = best[:j] + price[:j, j]
@@ -160,6 +160,14 @@ def _cut(windows: Windows, machine: Machine, tokens: int, itemsize: int):
     while cuts[-1]:
         cuts.append(origin[cuts[-1]])
     return edges[cuts[::-1]], float(best[-1])
+
+
+def _run_price(span, active, columns: int, machine: Machine, tokens: int, itemsize: int):
+    """Seconds of a run, and whether it takes all columns: nothing is picked then."""
+    picked = machine.product(span, active, tokens, itemsize)
+    picked = picked + machine.copy(active * tokens, itemsize)
+    whole = machine.product(span, columns, tokens, itemsize)
+    return np.where(active > 0, np.minimum(picked, whole), 0), (active > 0) & (whole <= picked)
 
 
 def _active(windows: Windows, edges: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ class Machine(NamedTuple):
         name: of the JAX backend.
         overhead: seconds that each operation takes at least.
         speed: multiplications a second in large products.
-        bandwidth: bytes a second to and from memory.
+        bandwidth: bytes a second that products read and write.
+        gathering: bytes a second that are read and written where features are picked one by one.
         lanes: rows to which a product's sides are rounded up.
     """
 
@@ -20,6 +21,7 @@ class Machine(NamedTuple):
     overhead: float
     speed: float
     bandwidth: float
+    gathering: float
     lanes: int
 
     def product(self, rows, depth, tokens: int, itemsize: int):
@@ -29,13 +31,13 @@ class Machine(NamedTuple):
         return self.overhead + np.maximum(padded * tokens / self.speed, moved / self.bandwidth)
 
     def copy(self, elements, itemsize: int):
-        """Seconds of copying some elements."""
-        return self.overhead + 2 * elements * itemsize / self.bandwidth
+        """Seconds of picking some elements."""
+        return self.overhead + 2 * elements * itemsize / self.gathering
 
 
 #: Measured with benchmarks/deploy.py.
 MACHINES = {
-    "cpu": Machine("cpu", 1e-5, 5e10, 5e9, 8),
-    "gpu": Machine("gpu", 4e-6, 2e14, 2e12, 64),
-    "tpu": Machine("tpu", 4e-6, 5e13, 8e11, 128),
+    "cpu": Machine("cpu", 5e-6, 1e11, 2e10, 5e9, 8),
+    "gpu": Machine("gpu", 4e-6, 2e14, 2e12, 1e12, 64),
+    "tpu": Machine("tpu", 4e-6, 5e13, 8e11, 4e11, 128),
 }

@@ -120,7 +120,7 @@ class PackedLinear(StructuredLinear):
         param_dtype: dtype of the parameters.
 
     Attributes:
-        v: one matrix (columns, length) for each read.
+        v: one matrix (length, columns) for each read.
         u: one matrix (columns, length) for each write.
         dense: kernel of shape (in, out), or None.
         bias: shape (out_features,), or None.
@@ -133,7 +133,7 @@ class PackedLinear(StructuredLinear):
         >>> from gaudi_jax.layers.packed import Layout, PackedLinear, Read, Write
         >>> layout = Layout((Read(0, 2, 1),), (Write(0, 3, ((0, 1),)), Write(3, 1, ())))
         >>> layer = PackedLinear(4, 4, layout, use_bias=False)
-        >>> layer.v[0][...], layer.u[0][...] = jnp.ones((1, 2)), jnp.ones((1, 3))
+        >>> layer.v[0][...], layer.u[0][...] = jnp.ones((2, 1)), jnp.ones((1, 3))
         >>> layer(jnp.ones((1, 4))), int(layer.multiplications())
         (Array([[2., 2., 2., 0.]], dtype=float32), 5)
     """
@@ -161,7 +161,7 @@ class PackedLinear(StructuredLinear):
             return nnx.Param(jnp.zeros(shape, param_dtype))
 
         reads, writes = layout or NOTHING
-        self.v = nnx.List([zeros(read.columns, read.length) for read in reads])
+        self.v = nnx.List([zeros(read.length, read.columns) for read in reads])
         self.u = nnx.List([zeros(write.depth, write.length) for write in writes])
         self.dense = nnx.data(zeros(in_features, out_features) if layout is None else None)
         self.bias = nnx.data(zeros(out_features) if use_bias else None)
@@ -175,7 +175,7 @@ class PackedLinear(StructuredLinear):
         first = 0
         for read, v in zip(reads, self.v, strict=True):
             rows = left[first : first + read.columns]
-            v[...] = jnp.roll(rows, -read.start, axis=1)[:, : read.length].astype(v.dtype)
+            v[...] = jnp.roll(rows, -read.start, axis=1)[:, : read.length].T.astype(v.dtype)
             first += read.columns
         for write, u in zip(writes, self.u, strict=True):
             run = right[:, write.start : write.start + write.length]
@@ -203,7 +203,7 @@ class PackedLinear(StructuredLinear):
         hidden = [
             x[..., :0],
             *(
-                jnp.matmul(_parts(x, _window(read, self.in_features)), v[...].T.astype(x.dtype))
+                jnp.matmul(_parts(x, _window(read, self.in_features)), v[...].astype(x.dtype))
                 for read, v in zip(reads, self.v, strict=True)
             ),
         ]

@@ -1,0 +1,193 @@
+"""Latency of packed Gaudi layers beside dense ones and low-rank ones of the same cost.
+
+    python benchmarks/deploy.py [--parts layers vit gpt2] [--budget 0.3] [--granularity 64]
+
+*layers*: the three shapes of ViT-B, on 1576 tokens (8 images). The kernels are those of
+``benchmarks/decompose.py``, like trained attention layers; the blocks are found by `decompose`.
+*vit*: ViT-B/16 forward on 8 images. *gpt2*: GPT-2 small, greedy decoding of one row
+(``--gpt2-budget 0.44`` in its linear layers). Each model holds one kernel per shape in all of its
+layers, which changes its function, and not its time.
+
+All forms of a model are measured in one process, interleaved and warm; times are medians. The
+packed form is compared with the dense product of the same blocks in the same run.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decompose import kernel
+from flax import nnx
+from layer import interleaved_medians
+from tabulate import tabulate
+
+import gaudi_jax
+from gaudi_jax import GaudiLinear, LowRankLinear
+from gaudi_jax.compression.surgery import become
+from gaudi_jax.decomposition import relative_error, svd_factors
+from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
+from gaudi_jax.models.generate import generate
+
+SHAPES = [(768, 768), (768, 3072), (3072, 768)]
+IMAGES, PATCHES = 8, 197
+PROMPT, NEW = 16, 65
+
+
+@cache
+def trained_like(n: int, m: int) -> jax.Array:
+    return kernel(jax.random.key(n + m), n, m)
+
+
+@cache
+def gaudi(n: int, m: int, budget: float, granularity: int) -> GaudiLinear:
+    factors = gaudi_jax.decompose(trained_like(n, m), budget, granularity=granularity, rounds=20)
+    layer = GaudiLinear.from_blocks(*factors, granularity=granularity, bias=jnp.zeros(m))
+    layer.eval()
+    return layer
+
+
+@cache
+def low_rank(n: int, m: int, cost: int) -> LowRankLinear:
+    v, u = svd_factors(trained_like(n, m), cost // (n + m))
+    layer = LowRankLinear.from_kernel(jnp.zeros((n, m)), bias=jnp.zeros(m), rank=len(v))
+    layer.v[...], layer.u[...] = v, u
+    return layer
+
+
+def dense(layer: GaudiLinear) -> nnx.Linear:
+    """The dense layer with the same function."""
+    n, m = layer.in_features, layer.out_features
+    linear = nnx.eval_shape(lambda: nnx.Linear(n, m, rngs=nnx.Rngs(0)))
+    linear.kernel.set_value(layer.kernel())
+    linear.bias.set_value(layer.bias[...])
+    return linear
+
+
+def forms(
+    n: int, m: int, budget: float, granularity: int, tokens: int
+) -> dict[str, Callable[[], nnx.Module]]:
+    """How each form of a layer is made."""
+    blocks = gaudi(n, m, budget, granularity)
+    return {
+        "dense": partial(dense, blocks),
+        "packed": lambda: gaudi_jax.harden(blocks, tokens=tokens).model,
+        "low-rank": lambda: nnx.clone(low_rank(n, m, int(blocks.multiplications()))),
+    }
+
+
+def call(model: nnx.Module, *inputs: jax.Array) -> Callable[[], jax.Array]:
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
+    return lambda: run(state, *inputs)
+
+
+def difference(a: jax.Array, b: jax.Array) -> float:
+    """Largest difference over the largest value."""
+    return float(jnp.abs(a - b).max() / jnp.abs(b).max())
+
+
+def layers(args: argparse.Namespace) -> None:
+    tokens, rows = IMAGES * PATCHES, []
+    for n, m in SHAPES:
+        x = jax.random.normal(jax.random.key(0), (tokens, n))
+        made = {
+            name: make()
+            for name, make in forms(n, m, args.budget, args.granularity, tokens).items()
+        }
+        calls = {name: call(model, x) for name, model in made.items()}
+        seconds = interleaved_medians(calls, args.repeats)
+        errors = {
+            name: float(relative_error(trained_like(n, m), kernel_of(model)))
+            for name, model in made.items()
+        }
+        rows.append(
+            (
+                f"{n} → {m}",
+                int(gaudi(n, m, args.budget, args.granularity).multiplications()) / (n * m),
+                int(made["packed"].multiplications()) / (n * m),
+                1e3 * seconds["dense"],
+                seconds["dense"] / seconds["packed"],
+                seconds["dense"] / seconds["low-rank"],
+                errors["packed"],
+                errors["low-rank"],
+                f"{difference(calls['packed'](), calls['dense']()):.1e}",
+            )
+        )
+    headers = ("layer", "cost", "packed cost", "dense ms", "packed: faster", "low-rank: faster")
+    headers += ("packed: error", "low-rank: error", "difference")
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=".3g"), flush=True)
+    print(f"mean speed-up of the packed layers: {np.mean([row[4] for row in rows]):.2f}")
+
+
+def kernel_of(layer: nnx.Module) -> jax.Array:
+    return layer.kernel[...] if isinstance(layer, nnx.Linear) else layer.kernel()
+
+
+def with_layers(model: nnx.Module, form: str, budget: float, granularity: int, tokens: int):
+    """The model with one layer per shape in all of its blocks."""
+    model = nnx.clone(model)
+    for path, module in list(nnx.iter_modules(model)):
+        if isinstance(module, nnx.Linear) and "blocks" in path:
+            sizes = module.in_features, module.out_features
+            become(module, forms(*sizes, budget, granularity, tokens)[form]())
+    model.eval()
+    return model
+
+
+def vit(args: argparse.Namespace) -> None:
+    config = ViTConfig.preset("B/16")
+    model = ViT(config, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (IMAGES, 224, 224, 3))
+    calls = {
+        form: call(
+            with_layers(model, form, args.budget, args.granularity, IMAGES * PATCHES), images
+        )
+        for form in ("dense", "packed", "low-rank")
+    }
+    report("ViT-B/16 forward, 8 images", interleaved_medians(calls, args.repeats))
+    print(f"difference of the logits: {difference(calls['packed'](), calls['dense']()):.1e}")
+
+
+def gpt2(args: argparse.Namespace) -> None:
+    model = GPT2(GPT2Config.preset("gpt2"), rngs=nnx.Rngs(0))
+    prompt = [list(range(PROMPT))]
+
+    def decode(model: GPT2, count: int) -> Callable[[], np.ndarray]:
+        options = {"temperature": 0.0, "max_length": PROMPT + NEW}
+        return lambda: generate(model, prompt, max_new_tokens=count, **options)
+
+    calls, tokens = {}, {}
+    for form in ("dense", "packed", "low-rank"):
+        made = with_layers(model, form, args.gpt2_budget, args.granularity, tokens=1)
+        calls[form, 1], calls[form, NEW] = decode(made, 1), decode(made, NEW)
+        tokens[form] = calls[form, NEW]()
+    seconds = interleaved_medians(calls, args.repeats)
+    # Without what reading the prompt takes.
+    step = {form: (seconds[form, NEW] - seconds[form, 1]) / (NEW - 1) for form in tokens}
+    report("GPT-2 small, a token of one row", step)
+    print(f"same tokens: {bool((tokens['packed'] == tokens['dense']).mean() > 0.9)}")
+
+
+def report(name: str, seconds: dict[str, float]) -> None:
+    rows = [(form, 1e3 * s, seconds["dense"] / s) for form, s in seconds.items()]
+    print(tabulate(rows, (name, "ms", "faster than dense"), tablefmt="github", floatfmt=".3g"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=["layers", "vit", "gpt2"])
+    parser.add_argument("--budget", type=float, default=0.3)
+    parser.add_argument("--gpt2-budget", type=float, default=0.44)
+    parser.add_argument("--granularity", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
+    for part in args.parts:
+        {"layers": layers, "vit": vit, "gpt2": gpt2}[part](args)
+
+
+if __name__ == "__main__":
+    main()
