@@ -15,6 +15,7 @@ packed form is compared with the dense product of the same blocks in the same ru
 import argparse
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from tabulate import tabulate
 import gaudi_jax
 from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.compression.surgery import become
-from gaudi_jax.decomposition import relative_error, svd_factors
+from gaudi_jax.decomposition import relative_error
 from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.models.generate import generate
 
@@ -51,24 +52,23 @@ def gaudi(n: int, m: int, budget: float, granularity: int) -> GaudiLinear:
 
 @cache
 def low_rank(n: int, m: int, cost: int) -> LowRankLinear:
-    v, u = svd_factors(trained_like(n, m), cost // (n + m))
-    layer = LowRankLinear.from_kernel(jnp.zeros((n, m)), bias=jnp.zeros(m), rank=len(v))
-    layer.v[...], layer.u[...] = v, u
+    layer = LowRankLinear(n, m, rank=cost // (n + m), rngs=nnx.Rngs(0))
+    layer.set_kernel(trained_like(n, m))
     return layer
 
 
-def dense(layer: GaudiLinear) -> nnx.Linear:
+def dense(layer: GaudiLinear) -> Any:
     """The dense layer with the same function."""
     n, m = layer.in_features, layer.out_features
-    linear = nnx.eval_shape(lambda: nnx.Linear(n, m, rngs=nnx.Rngs(0)))
+    linear: Any = nnx.eval_shape(lambda: nnx.Linear(n, m, rngs=nnx.Rngs(0)))
     linear.kernel.set_value(layer.kernel())
-    linear.bias.set_value(layer.bias[...])
+    linear.bias.set_value(jnp.zeros(m))
     return linear
 
 
 def forms(
     n: int, m: int, budget: float, granularity: int, tokens: int
-) -> dict[str, Callable[[], nnx.Module]]:
+) -> dict[str, Callable[[], Any]]:
     """How each form of a layer is made."""
     blocks = gaudi(n, m, budget, granularity)
     return {
@@ -116,13 +116,15 @@ def layers(args: argparse.Namespace) -> None:
                 f"{difference(calls['packed'](), calls['dense']()):.1e}",
             )
         )
-    headers = ("layer", "cost", "packed cost", "dense ms", "packed: faster", "low-rank: faster")
-    headers += ("packed: error", "low-rank: error", "difference")
+    headers = (
+        *("layer", "cost", "packed cost", "dense ms", "packed: faster", "low-rank: faster"),
+        *("packed: error", "low-rank: error", "difference"),
+    )
     print(tabulate(rows, headers, tablefmt="github", floatfmt=".3g"), flush=True)
     print(f"mean speed-up of the packed layers: {np.mean([row[4] for row in rows]):.2f}")
 
 
-def kernel_of(layer: nnx.Module) -> jax.Array:
+def kernel_of(layer: Any) -> jax.Array:
     return layer.kernel[...] if isinstance(layer, nnx.Linear) else layer.kernel()
 
 
@@ -156,8 +158,10 @@ def gpt2(args: argparse.Namespace) -> None:
     prompt = [list(range(PROMPT))]
 
     def decode(model: GPT2, count: int) -> Callable[[], np.ndarray]:
-        options = {"temperature": 0.0, "max_length": PROMPT + NEW}
-        return lambda: generate(model, prompt, max_new_tokens=count, **options)
+        length = PROMPT + NEW
+        return lambda: generate(
+            model, prompt, max_new_tokens=count, temperature=0, max_length=length
+        )
 
     calls, tokens = {}, {}
     for form in ("dense", "packed", "low-rank"):
