@@ -40,15 +40,12 @@ def layer_of(seed, cells, cell, rank, blocks, *, bias=True, **places):
 
 
 def assert_same_function(packed, layer):
-    x = jax.random.normal(jax.random.key(0), (2, 3, layer.in_features))
+    x = np.random.default_rng(1).normal(size=(2, 3, layer.in_features)).astype(np.float32)
     expected = layer(x)
-    np.testing.assert_allclose(
-        packed(x), expected, atol=1e-5 * max(1.0, float(jnp.linalg.norm(expected)))
-    )
-    np.testing.assert_allclose(packed.kernel(), layer.kernel(), atol=1e-4)
+    np.testing.assert_allclose(packed(x), expected, atol=1e-5 * max(1.0, np.linalg.norm(expected)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     cells=st.tuples(st.integers(1, 8), st.integers(1, 8)),
@@ -63,7 +60,7 @@ def test_any_blocks(seed, cells, cell, rank, blocks, machine, tokens):
     assert_same_function(pack(layer, machine, tokens), layer)
 
 
-@pytest.mark.parametrize("machine", [FREE, EVEN, MACHINES["cpu"]])
+@pytest.mark.parametrize("machine", [FREE, EVEN])
 @pytest.mark.parametrize(
     ("cells", "cell", "places"),
     [
@@ -93,6 +90,7 @@ def test_dense_where_blocks_do_not_pay():
     assert packed.layout is None
     assert packed.multiplications() == 16
     assert_same_function(packed, layer)
+    np.testing.assert_allclose(packed.kernel(), layer.kernel(), atol=1e-5)
 
 
 def test_free_products_multiply_no_zeros():
@@ -100,8 +98,7 @@ def test_free_products_multiply_no_zeros():
     packed = pack(layer, FREE, 64)
     assert packed.layout is not None
     assert packed.multiplications() <= layer.multiplications()
-    columns = packed.layout.writes[0]
-    assert columns.start == 0
+    np.testing.assert_allclose(packed.kernel(), layer.kernel(), atol=1e-5)
 
 
 def test_a_model_of_any_class():
