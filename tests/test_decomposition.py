@@ -61,8 +61,9 @@ def assert_on_intervals(factors, granularity: int) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("olb_blocks_128x128", "olb_blocks_256x384", "olb_decay_192x96", "olb_gauss_128x128"),
-        *("olb_tight_128", "olb_tight_256x384"),
+        *("olb_blocks_128x128", "olb_decay_192x96", "olb_gauss_128x128", "olb_tight_128"),
+        pytest.param("olb_blocks_256x384", marks=pytest.mark.slow),
+        pytest.param("olb_tight_256x384", marks=pytest.mark.slow),
     ],
 )
 def test_measured_matrices(name):
@@ -115,7 +116,12 @@ def test_rank_and_grid(rank, granularity):
 
 
 @pytest.mark.parametrize(
-    ("rank", "granularity", "moment"), [(1, 1, None), (8, 8, None), (8, 1, second_moment())]
+    ("rank", "granularity", "moment"),
+    [
+        (1, 1, None),
+        pytest.param(8, 8, None, marks=pytest.mark.slow),
+        pytest.param(8, 1, second_moment(), marks=pytest.mark.slow),
+    ],
 )
 def test_small_budgets_are_used(rank, granularity, moment):
     smooth = jnp.outer(jnp.linspace(1, 2, 32), jnp.linspace(2, 1, 24))

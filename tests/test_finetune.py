@@ -78,6 +78,7 @@ def test_load_gives_the_fine_tuned_model(finished):
     assert np.abs(before["v"] - after["v"]).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3])
 def test_resuming_equals_never_stopping(finished, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
@@ -92,6 +93,7 @@ def test_resuming_equals_never_stopping(finished, tmp_path, monkeypatch, step):
     assert resumed == rows_without_time(finished)
 
 
+@pytest.mark.slow
 def test_a_kill_between_compression_and_the_first_checkpoint(finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "dense", tmp_path / "dense")
     with monkeypatch.context() as patch:

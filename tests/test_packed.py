@@ -45,7 +45,7 @@ def assert_same_function(packed, layer):
     np.testing.assert_allclose(packed(x), expected, atol=1e-5 * max(1.0, np.linalg.norm(expected)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     cells=st.tuples(st.integers(1, 8), st.integers(1, 8)),

@@ -22,6 +22,8 @@ from gaudi_jax.training.phases import phases
 from gaudi_jax.training.tasks import open_task
 from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
 
+pytestmark = pytest.mark.slow  # every phase compiles its steps and its searches
+
 
 def phased_config(stages=((0.25, 0.6), (0.5, 0.4)), **options):
     config = tiny_config("smoke,layer=dense", steps=8)

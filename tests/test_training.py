@@ -132,6 +132,7 @@ def test_initialising_from_another_run(finished, tmp_path):
         loop.train(config, tmp_path / "wider")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", ["smoke,layer=dense", "smoke,layer=low_rank", "smoke,recipe=paper"]
 )
