@@ -18,9 +18,9 @@ from gaudi_jax.layers import GaudiLinear, PackedLinear
 from gaudi_jax.layers.packed import Layout, Read, Write
 
 #: Every product counts for itself; products and copies cost about the same; only their number does.
-FREE = Machine("free", 0.0, 1.0, 1e12, 1e12, 1)
-EVEN = Machine("even", 1.0, 100.0, 1e3, 1e3, 1)
-FEW = Machine("few", 1.0, 1e12, 1e12, 1e12, 1)
+FREE = Machine(0.0, 1.0, 1e12, 1e12, 1)
+EVEN = Machine(1.0, 100.0, 1e3, 1e3, 1)
+FEW = Machine(1.0, 1e12, 1e12, 1e12, 1)
 
 
 def layer_of(seed, cells, cell, rank, blocks, *, bias=True, **places):

@@ -1,4 +1,4 @@
-"""From trained blocks to fast ones: packed layers, and files that need none of our code."""
+"""From trained blocks to fast ones: packed layers."""
 
 from gaudi_jax.deploy.harden import harden
 

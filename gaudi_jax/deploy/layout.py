@@ -29,17 +29,15 @@ class Windows(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A layout, and what it takes.
+    """A layout, and the columns that it is for.
 
     Attributes:
         layout: the products, or None for one product with the composed kernel.
         order: the columns in the order of the layout.
-        seconds: by the model.
     """
 
     layout: Layout | None
     order: np.ndarray
-    seconds: float
 
 
 def compile_layout(
@@ -60,10 +58,10 @@ def compile_layout(
         >>> import numpy as np
         >>> from gaudi_jax.deploy.layout import Windows, compile_layout
         >>> from gaudi_jax.deploy.machine import Machine
-        >>> fine = Machine("fine", 0.0, 1.0, 1e9, 1e9, 1)
+        >>> fine = Machine(0.0, 1.0, 1e9, 1e9, 1)
         >>> reads = Windows(np.array([0, 0]), np.array([4, 4]), 8)
         >>> writes = Windows(np.array([0, 2]), np.array([2, 6]), 8)
-        >>> layout, order, _ = compile_layout(reads, writes, fine, tokens=64)
+        >>> layout, order = compile_layout(reads, writes, fine, tokens=64)
         >>> [tuple(read) for read in layout.reads]
         [(0, 4, 2)]
         >>> [tuple(write) for write in layout.writes]
@@ -81,7 +79,7 @@ def compile_layout(
     seconds += more
     seconds += machine.copy(writes.size * tokens, itemsize) if len(order) else 0
     if dense <= seconds:
-        return Compiled(None, order, float(dense))
+        return Compiled(None, order)
     inside = _inside(writes, cuts)[order]
     _, whole = _run_price(np.diff(cuts), inside.sum(axis=0), len(order), machine, tokens, itemsize)
     inside = inside | whole
@@ -92,7 +90,7 @@ def compile_layout(
             for first, last, active in zip(cuts[:-1], cuts[1:], inside.T, strict=True)
         ),
     )
-    return Compiled(layout, order, float(seconds))
+    return Compiled(layout, order)
 
 
 def _group(

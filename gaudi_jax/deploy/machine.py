@@ -9,7 +9,6 @@ class Machine(NamedTuple):
     """A device.
 
     Attributes:
-        name: of the JAX backend.
         overhead: seconds that each operation takes at least.
         speed: multiplications a second in large products.
         bandwidth: bytes a second that products read and write.
@@ -17,7 +16,6 @@ class Machine(NamedTuple):
         lanes: rows to which a product's sides are rounded up.
     """
 
-    name: str
     overhead: float
     speed: float
     bandwidth: float
@@ -35,9 +33,10 @@ class Machine(NamedTuple):
         return self.overhead + 2 * elements * itemsize / self.gathering
 
 
-#: Measured with benchmarks/deploy.py.
+#: By JAX backend. The first fits two cores of an Intel Xeon (benchmarks/deploy.py); the others are
+#: guesses from data sheets, not measured.
 MACHINES = {
-    "cpu": Machine("cpu", 5e-6, 1e11, 2e10, 5e9, 8),
-    "gpu": Machine("gpu", 4e-6, 2e14, 2e12, 1e12, 64),
-    "tpu": Machine("tpu", 4e-6, 5e13, 8e11, 4e11, 128),
+    "cpu": Machine(5e-6, 1e11, 2e10, 5e9, 8),
+    "gpu": Machine(4e-6, 2e14, 2e12, 1e12, 64),
+    "tpu": Machine(4e-6, 5e13, 8e11, 4e11, 128),
 }
