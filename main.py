@@ -8,6 +8,7 @@ Run again with the same workdir, it continues where the run stopped.
 """
 
 import logging
+import os
 import re
 import sys
 import traceback
@@ -15,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 import absl.logging
+import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> int:
         absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
         absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one speaks up
         logging.getLogger("gaudi_jax").setLevel(logging.INFO)
+        use_compilation_cache(config.compilation_cache)
         if config.evaluate_only:
             check_workdir(workdir, config.to_dict())
         if config.evaluate_only or train(config, workdir):
@@ -69,6 +72,13 @@ def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:
     # To the millisecond: runs of a sweep may start in the same second.
     fresh = datetime.now().strftime("runs/%Y%m%d-%H%M%S-%f")[:-3]
     return config.value, workdir.value or fresh
+
+
+def use_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs in a directory, unless JAX_COMPILATION_CACHE_DIR names another."""
+    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        path = str(Path(directory).expanduser())
+        jax.config.update("jax_compilation_cache_dir", path)
 
 
 def _explain(error: Exception) -> str:

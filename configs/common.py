@@ -72,6 +72,8 @@ def base_config() -> ConfigDict:
     config.init_from = ""  # workdir of a run, or a Hugging Face folder or id, to start from
     config.evaluate_only = False
     config.evaluate_checkpoint = "last"  # or best: the one that the report is about
+    # Compiled programs for later runs of the same shapes; empty for none.
+    config.compilation_cache = "~/.cache/gaudi_jax/compiled"
 
     config.data = ConfigDict(
         {
@@ -191,6 +193,7 @@ def text_config() -> ConfigDict:
     )
     with config.unlocked():
         config.layer.attention_out = ConfigDict({"name": "dense"})
+    config.optimizer.factor_scale = 4.0  # what factors want beside dense kernels (docs/results.md)
     return config
 
 
@@ -271,7 +274,6 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
         "name": "gaudi",
         "rank": 1,
         "granularity": 1,
-        "density": config_dict.placeholder(float),  # of the initial widths; None: dense cost
     }
     if args["recipe"] == "paper":
         config.sigma.update(paper.sigma)
@@ -286,6 +288,9 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
     with config.unlocked():
         for part, name in names.items():
             config.layer[part] = ConfigDict(options.get(name, {"name": name}))
+            if name == "gaudi":
+                # Of the initial widths; None: dense cost. Each layer's own: they must not be tied.
+                config.layer[part].density = config_dict.placeholder(float)
 
 
 def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,20 @@ def test_a_config_file_that_fails_is_named(code, message, tmp_path, clean_flags)
     (tmp_path / "broken.py").write_text(code)
     with pytest.raises(UserError, match=re.escape(message)):
         main.parse_command_line(["main.py", f"--config={tmp_path / 'broken.py'}"])
+
+
+def test_compiled_programs_are_kept_where_the_config_says(tmp_path, monkeypatch):
+    kept = {}
+    jax_config = SimpleNamespace(update=kept.__setitem__)
+    monkeypatch.setattr(main, "jax", SimpleNamespace(config=jax_config))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    main.use_compilation_cache(str(tmp_path))
+    assert not kept
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    main.use_compilation_cache("")
+    assert not kept
+    main.use_compilation_cache(str(tmp_path))
+    assert kept == {"jax_compilation_cache_dir": str(tmp_path)}
 
 
 @pytest.mark.slow

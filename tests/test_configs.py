@@ -48,3 +48,9 @@ def test_the_budget_of_a_low_rank_part_counts_beside_the_paper_recipe():
     assert config.layer.attention.budget == 0.2
     assert config.layer.mlp.name == "gaudi"
     assert config.controller.name == "threshold"
+
+
+def test_options_of_one_part_leave_the_others_as_they_are():
+    config = digits_vit_gaudi.get_config("layer=gaudi")
+    config.layer.attention.density = 0.25
+    assert config.layer.mlp.density is None

@@ -16,7 +16,7 @@ from gaudi_jax.compression.surgery import features, fill, install, matrix_shape,
 from gaudi_jax.decomposition import Factors, decompose, relative_error, svd_factors
 
 #: An entry of the plan, and the values of the layer that it describes.
-Solution = tuple[dict[str, Any], dict[str, Array]]
+Solution = tuple[dict[str, Any], dict[str, Any]]
 
 
 class Layer:
@@ -70,7 +70,7 @@ class Layer:
             candidates.append(self._low_rank(kernel, moment, cost))
         measured = []
         for entry, values in candidates:
-            approximation = _product(values["v"], values["u"])
+            approximation = jnp.asarray(_product(values["v"], values["u"]))
             errors = [relative_error(kernel, approximation, c) for c in (None, moment)]
             entry["error"] = float(errors[0])
             entry["activation_error"] = None if moment is None else float(errors[1])
@@ -105,25 +105,23 @@ class Layer:
             rounds=rounds,
             key=key,
         )
-        blocks = max(1, int((factors.widths > 0).all(axis=0).sum()))
-        used = Factors(
-            factors.v[:blocks],
-            factors.u[:blocks],
-            factors.widths[:, :blocks],
-            factors.locations[:, :blocks],
-        )
+        multiplications = int(factors.multiplications())
+        # On the host, where a new number of blocks compiles nothing.
+        v, u, widths, locations = jax.device_get(factors)
+        blocks = max(1, int((widths > 0).all(axis=0).sum()))
+        used = Factors(v[:blocks], u[:blocks], widths[:, :blocks], locations[:, :blocks])
         values = {name: self._rounded(name, value) for name, value in used._asdict().items()}
-        entry = self._entry("gaudi", rank, int(used.multiplications()), blocks, list(granularity))
-        return entry, values | {"sigma": jnp.float32(math.inf)}
+        entry = self._entry("gaudi", rank, multiplications, blocks, list(granularity))
+        return entry, values | {"sigma": np.float32(math.inf)}
 
     def _low_rank(self, kernel, moment, cost) -> Solution:
         n, m = self.shape
         rank = min(n, m) if cost >= n * m else min(n, m, cost // (n + m))
-        v, u = svd_factors(kernel, rank, second_moment=moment)
+        v, u = jax.device_get(svd_factors(kernel, rank, second_moment=moment))
         entry = self._entry("low_rank", rank, min(rank * (n + m), n * m), None, None)
         return entry, {"v": self._rounded("v", v), "u": self._rounded("u", u)}
 
-    def _rounded(self, name: str, value: Array) -> Array:
+    def _rounded(self, name: str, value: np.ndarray) -> np.ndarray:
         """Factors in the dtype that they will have: their rounding is part of the error."""
         return value.astype(self.module.kernel.dtype) if name in ("v", "u") else value
 
@@ -145,7 +143,7 @@ class Layer:
         }
 
 
-def _product(v: Array, u: Array) -> Array:
+def _product(v: np.ndarray, u: np.ndarray) -> np.ndarray:
     """The kernel of factors (..., in) and (..., out) in float32."""
-    v, u = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (v, u))
-    return jnp.matmul(v.T, u, precision="highest")
+    v, u = (x.astype(np.float32).reshape(-1, x.shape[-1]) for x in (v, u))
+    return v.T @ u

@@ -12,7 +12,6 @@ error.
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -93,11 +92,11 @@ class PlainAxis:
         places = jnp.stack([start, (start + length - 1) % self.cells])
         return energies[jnp.arange(len(start)), places]
 
-    def random_windows(self, key: Array, count: int) -> tuple[Array, Array]:
-        """Starts and lengths, log-uniform in length."""
-        start_key, length_key = jax.random.split(key)
-        start = jax.random.randint(start_key, (count,), 0, self.cells)
-        return start, _random_lengths(length_key, count, self.cells)
+    def windows(
+        self, place: Float[Array, " b"], size: Float[Array, " b"]
+    ) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
+        """Starts and lengths from numbers in [0, 1); even in the logarithm of the length."""
+        return (place * self.cells).astype(jnp.int32), _lengths(size, self.cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +144,12 @@ class WeightedAxis:
 
     def anchors(self, h: Float[Array, "b rank n"], price: float | Array) -> Int[Array, " b"]:
         """The anchor of the best window of each block."""
-        z = jnp.einsum("aij,brj->abri", self.inverses, h)
-        gains = cell_energies(z, self.cells) - price * h.shape[1] * self.cell
-        return jnp.argmax(best_prefixes(gains)[0], axis=0).astype(jnp.int32)
+        b, rank, n = h.shape
+        # As one product of matrices: several times as fast as a batch of them.
+        z = h.reshape(b * rank, n) @ self.inverses.reshape(-1, n).T
+        z = jnp.moveaxis(z.reshape(b, rank, -1, n), 1, 2)
+        gains = cell_energies(z, self.cells) - price * rank * self.cell
+        return jnp.argmax(best_prefixes(gains)[0], axis=1).astype(jnp.int32)
 
     def fit(self, h: Float[Array, "rank n"], anchor: Array, price: float | Array) -> Fit:
         """The factor on the best window from an anchor at a price per multiplication."""
@@ -193,17 +195,17 @@ class WeightedAxis:
         last = energies[jnp.arange(len(start)), length - 1]
         return jnp.stack([jnp.full_like(last, jnp.inf), last])
 
-    def random_windows(self, key: Array, count: int) -> tuple[Array, Array]:
-        """Anchored starts, and lengths, log-uniform."""
-        start_key, length_key = jax.random.split(key)
-        start = jax.random.choice(start_key, self.starts, (count,))
-        return start, _random_lengths(length_key, count, self.cells)
+    def windows(
+        self, place: Float[Array, " b"], size: Float[Array, " b"]
+    ) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
+        """Anchored starts, and lengths, from numbers in [0, 1)."""
+        start = self.starts[(place * len(self.starts)).astype(jnp.int32)]
+        return start, _lengths(size, self.cells)
 
 
 Axis = PlainAxis | WeightedAxis
 
 
-def _random_lengths(key: Array, count: int, cells: int) -> Array:
-    bounds = jnp.log(jnp.array([SHORTEST, LONGEST]))
-    fraction = jnp.exp(jax.random.uniform(key, (count,), minval=bounds[0], maxval=bounds[1]))
+def _lengths(size: Float[Array, " b"], cells: int) -> Int[Array, " b"]:
+    fraction = SHORTEST * (LONGEST / SHORTEST) ** size
     return jnp.maximum(1, jnp.round(fraction * cells)).astype(jnp.int32)

@@ -11,7 +11,7 @@ from gaudi_jax.decomposition.sweeps import Axes, Blocks, orthonormalise
 #: Columns of the blocks sought at once, and the fewest blocks.
 COLUMNS, FEWEST = 32, 8
 #: Power iterations inside random windows, and then with windows that move.
-FIXED_STEPS, FREE_STEPS = 3, 5
+FIXED_STEPS, FREE_STEPS = 3, 3
 #: A candidate whose cosine with a better one exceeds this is passed over.
 OVERLAP = 0.3
 
@@ -58,11 +58,12 @@ def _candidates(
     key: Array, error: Float[Array, "in out"], price: Array, axes: Axes, rank: int
 ) -> tuple[Blocks, Float[Array, " K"]]:
     """Blocks from power iterations on the error, and what each would take off the goal."""
-    in_key, out_key, u_key = jax.random.split(key, 3)
     count = max(COLUMNS // rank, FEWEST)
-    start_in, length_in = axes.input.random_windows(in_key, count)
-    start_out, length_out = axes.output.random_windows(out_key, count)
-    u = jax.random.normal(u_key, (count, rank, error.shape[1]))
+    # One draw: each takes as long to compile as a sweep's products.
+    drawn = jax.random.uniform(key, (count, rank * error.shape[1] + 4))
+    start_in, length_in = axes.input.windows(drawn[:, 0], drawn[:, 1])
+    start_out, length_out = axes.output.windows(drawn[:, 2], drawn[:, 3])
+    u = 2 * drawn[:, 4:].reshape(count, rank, -1) - 1
 
     def refit(axis: Axis, h, start, length):
         return _normalise(axis, _each(axis.refit, h, start, length))

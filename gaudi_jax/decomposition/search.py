@@ -203,7 +203,7 @@ def _trim(blocks: Blocks, goal: Array, axes: Axes) -> Blocks:
     everything = e_in.sum() + 1e-30  # at this price nothing lives
     nothing = 1e-12 * everything
     none = jnp.zeros_like(blocks.start), jnp.zeros_like(blocks.length)
-    begin = nothing, everything, windows(nothing), none
+    begin = nothing, everything, (blocks.start, blocks.length), none
     # The windows are kept, not their price: just below the one at which a block dies, found again
     # it may be dead.
     _, _, over, under = lax.fori_loop(0, BISECTIONS, halve, begin)

@@ -14,6 +14,7 @@ CONFIG_FILE = "config.json"
 NOT_PART_OF_A_RUN = (
     "evaluate_only",
     "evaluate_checkpoint",
+    "compilation_cache",
     "train.log_every",
     "train.eval_every",
     "checkpoint.every",
