@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from decompose import kernel
 from flax import nnx
-from layer import interleaved_medians
 from tabulate import tabulate
 
 import gaudi_jax
 from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.compression.surgery import become
 from gaudi_jax.decomposition import relative_error
+from gaudi_jax.deploy.timing import interleaved_medians
 from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.models.generate import generate
 

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from layer import interleaved_medians
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from gaudi_jax.cost import cost
+from gaudi_jax.deploy.timing import interleaved_medians
 from gaudi_jax.training.evaluate import data_mesh, put_batch
 from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules
 from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model

@@ -9,8 +9,6 @@ the kernel costs k·in·out multiplications beside tokens·in·out.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -19,21 +17,10 @@ from flax import nnx
 from tabulate import tabulate
 
 from gaudi_jax import GaudiLinear, masks
+from gaudi_jax.deploy.timing import interleaved_medians
 
 MASK_SIZES = [(768, 768), (768, 3072)]
 LAYER_SIZES = [(768, 768), (768, 3072)]
-
-
-def interleaved_medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict:
-    """Median seconds of each function, called in turn; the first two rounds warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(repeats + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if round_ >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def mask_step(blocks: int, n: int, method: masks.Method, sigma: float) -> Callable[[], object]:

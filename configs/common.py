@@ -71,7 +71,7 @@ def base_config() -> ConfigDict:
     config.seed = 0
     config.init_from = ""  # workdir of a run, or a Hugging Face folder or id, to start from
     config.evaluate_only = False
-    config.evaluate_checkpoint = "last"  # or best: the one that the report is about
+    config.evaluate_checkpoint = "last"  # best or packed: what the report is about
     # Compiled programs for later runs of the same shapes; empty for none.
     config.compilation_cache = "~/.cache/gaudi_jax/compiled"
 

@@ -11,8 +11,8 @@ from flax import nnx
 from hypothesis import given, settings
 
 import gaudi_jax
-from gaudi_jax.deploy.harden import pack
 from gaudi_jax.deploy.machine import MACHINES, Machine
+from gaudi_jax.deploy.pack import pack
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import GaudiLinear, PackedLinear
 from gaudi_jax.layers.packed import Layout, Read, Write

@@ -11,7 +11,9 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from gaudi_jax.compression.surgery import find_gaudi
 from gaudi_jax.cost import cost
+from gaudi_jax.deploy.harden import harden, tokens_of
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import Sigma
 from gaudi_jax.report.curves import plot_curves
@@ -20,7 +22,7 @@ from gaudi_jax.report.tables import summary_table
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.load import load_with_step
 from gaudi_jax.training.metrics import read_metrics
-from gaudi_jax.training.tasks import open_task
+from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -36,8 +38,9 @@ def write_report(
 
     Args:
         workdir: directory of the run.
-        step: which checkpoint: its step, "best" (by validation accuracy, or loss) or "last"; None
-            for what the run's config says (``evaluate_checkpoint``).
+        step: which checkpoint: its step, "best" (by validation accuracy, or loss), "packed" (see
+            `gaudi_jax.deploy`) or "last"; None for what the run's config says
+            (``evaluate_checkpoint``).
         stride: tokens between the windows of a text in evaluation; None for what the run's config
             says (``data.stride``).
 
@@ -65,6 +68,7 @@ def write_report(
     soft = evaluate_model(model, task, "test")
     # Where no mask is soft, hard masks are the same ones.
     hard = evaluate_model(model, task, "test", sigma=math.inf) if _soft(model) else soft
+    packed = _packed(model, task)
     validation = evaluate_model(model, task, "validation")
     costs = cost(model, task.example)
     summary = {
@@ -73,6 +77,7 @@ def write_report(
         "steps": steps,
         **{f"test_{name}_soft": value for name, value in soft.items()},
         **{f"test_{name}_hard": value for name, value in hard.items()},
+        **packed,
         **{f"validation_{name}": value for name, value in validation.items()},
         # What a language model is judged by, under its short name too.
         **{name: value for name, value in hard.items() if name == "perplexity"},
@@ -102,6 +107,18 @@ def write_report(
     )
     plot_masks(model, workdir / "masks.png")
     return summary
+
+
+def _packed(model: nnx.Module, task: Task) -> dict[str, float]:
+    """Test results and cost of the packed form; of a model without Gaudi layers nothing."""
+    if not find_gaudi(model)[0]:
+        return {}
+    packed = harden(model, tokens=tokens_of(model, task.example, task.config.data.batch_size)).model
+    results = evaluate_model(packed, task, "test")
+    return {
+        **{f"test_{name}_packed": value for name, value in results.items()},
+        "packed_relative_multiplications": cost(packed, task.example).relative,
+    }
 
 
 def _before_and_after_compression(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -58,6 +58,7 @@ def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Test accuracy, soft masks", _percent(get("test_accuracy_soft"), 2)),
         ("Test accuracy, hard masks", _percent(get("test_accuracy_hard"), 2)),
+        ("Test accuracy, packed", _percent(get("test_accuracy_packed"), 2)),
         ("Validation accuracy", _percent(get("validation_accuracy"), 2)),
         *(
             (f"{label}, {split} accuracy", _percent(get(f"{name}_{split}_accuracy"), 2))
@@ -67,6 +68,7 @@ def _header(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Multiplications", _count(get("multiplications"))),
         ("Multiplications if dense", _count(get("dense_multiplications"))),
         ("Relative multiplications", _percent(get("relative_multiplications"), 1)),
+        ("Relative multiplications, packed", _percent(get("packed_relative_multiplications"), 1)),
         ("Parameters", _count(get("parameters"))),
         ("Seconds of compression", _count(get("compress_seconds"))),
     ]
@@ -85,6 +87,7 @@ def _text_results(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("Test, soft masks", "test_{}_soft"),
         ("Test, hard masks", "test_{}_hard"),
+        ("Test, packed", "test_{}_packed"),
         ("Validation", "validation_{}"),
         *(
             (f"{label}, {split}", f"{name}_{split}_{{}}")

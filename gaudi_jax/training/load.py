@@ -21,6 +21,8 @@ from gaudi_jax.training.step import split_model
 from gaudi_jax.training.workdir import read_config, write_atomically
 
 PLAN_FILE = "plan.json"
+#: Directory in a run's workdir that holds its packed model, and its name as a checkpoint.
+PACKED = "packed"
 
 
 def load(
@@ -30,8 +32,8 @@ def load(
 
     Args:
         workdir: directory of a run, or one that `gaudi_jax.save` wrote.
-        step: step of the run's checkpoint, "best" (by validation accuracy, or loss), or None for
-            the newest.
+        step: step of the run's checkpoint, "best" (by validation accuracy, or loss), "packed" (what
+            ``python -m gaudi_jax.deploy`` made of one), or None for the newest.
         into: for a saved model, one like that which was compressed (dense) or packed (with Gaudi
             layers); shapes are enough (``nnx.eval_shape``). It is left as it was. None for the
             model of a run.
@@ -52,6 +54,8 @@ def load_with_step(
 ) -> tuple[nnx.Module, int]:
     """As `load`, with the step of the checkpoint beside the model."""
     workdir = Path(workdir)
+    if into is None and step == PACKED:
+        return _load_packed(workdir)
     if into is None:
         config = ConfigDict(read_config(workdir))
 
@@ -76,6 +80,19 @@ def load_with_step(
     model = nnx.merge(graphdef, state["params"], state["other"])
     model.eval()
     return model, restored.step
+
+
+def _load_packed(workdir: Path) -> tuple[nnx.Module, int]:
+    """The packed model of a run, and the step of the checkpoint that was packed."""
+    config, directory = ConfigDict(read_config(workdir)), workdir / PACKED
+    if not directory.exists():
+        raise UserError(
+            f"{workdir} holds no packed model; make it with python -m gaudi_jax.deploy {workdir}"
+        )
+    step = read_plan(directory / PLAN_FILE).get("step")
+    if not isinstance(step, int):
+        raise UserError(f"the plan in {directory} names no step of the run; pack the run again")
+    return load(directory, into=abstract_model(config, phase_of(config, step), workdir)), step
 
 
 def abstract_model(config: ConfigDict, phase: Phase, workdir: Path) -> nnx.Module:

@@ -69,9 +69,9 @@ def check_options(config: ConfigDict) -> None:
     _check_numbers(config)
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} is outside [0, 2^32)")
-    if config.evaluate_checkpoint not in ("last", "best"):
+    if config.evaluate_checkpoint not in ("last", "best", "packed"):
         raise UserError(
-            f"unknown evaluate_checkpoint {config.evaluate_checkpoint!r}; use last or best"
+            f"unknown evaluate_checkpoint {config.evaluate_checkpoint!r}; use last, best or packed"
         )
 
 

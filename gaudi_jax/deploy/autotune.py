@@ -1,0 +1,86 @@
+"""The layout of a packed layer that is fastest where it is measured."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+
+from gaudi_jax.deploy.layout import Compiled
+from gaudi_jax.deploy.machine import Machine
+from gaudi_jax.deploy.pack import Packer
+from gaudi_jax.deploy.timing import Running, interleaved_medians
+from gaudi_jax.layers import GaudiLinear, PackedLinear
+from gaudi_jax.training.workdir import write_atomically
+
+CACHE_DIR = "~/.cache/gaudi_jax/layouts"
+#: The layouts that are measured: those of machines whose operations begin more, or less, slowly,
+#: and so from many small products to few large ones.
+OVERHEADS = (0.25, 1.0, 4.0, 16.0, 64.0)
+REPEATS = 7
+
+
+def fastest(
+    layer: GaudiLinear, machine: Machine, tokens: int, cache_dir: str | Path = CACHE_DIR
+) -> PackedLinear:
+    """The packed form of a layer whose layout is the fastest of several, and of a dense kernel.
+
+    Args:
+        layer: the layer.
+        machine: model of the device, from which the layouts come.
+        tokens: input vectors at once.
+        cache_dir: what was measured is kept here, by layouts, device, dtype and version of JAX. A
+            directory that cannot be written is left alone.
+    """
+    packer = Packer(layer)
+    choices = _choices(packer, machine, tokens)
+    if len(choices) == 1:
+        return packer.pack(choices[0])
+    file = Path(cache_dir).expanduser() / f"{_digest(packer, choices, tokens)}.json"
+    seconds = _read(file, len(choices))
+    if seconds is None:
+        seconds = _measure(packer, choices, tokens)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps({"seconds": seconds}) + "\n")
+        except OSError:
+            pass  # measured again the next time
+    return packer.pack(choices[min(range(len(choices)), key=seconds.__getitem__)])
+
+
+def _choices(packer: Packer, machine: Machine, tokens: int) -> list[Compiled]:
+    """Different layouts; the last is none, a dense kernel."""
+    found = {}
+    for factor in OVERHEADS:
+        compiled = packer.compile(machine._replace(overhead=factor * machine.overhead), tokens)
+        found[compiled.layout] = compiled
+    dense = next(iter(found.values()))._replace(layout=None)
+    found.pop(None, None)
+    return [*found.values(), dense]
+
+
+def _digest(packer: Packer, choices: list[Compiled], tokens: int) -> str:
+    layer = packer.layer
+    what = [
+        [layer.in_features, layer.out_features, tokens, packer.dtype.name],
+        [jax.devices()[0].device_kind, jax.__version__],
+        [choice.layout and choice.layout.to_lists() for choice in choices],
+    ]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(file: Path, count: int) -> list[float] | None:
+    """What was measured before; None if it was not, or the file is damaged."""
+    try:
+        seconds = [float(value) for value in json.loads(file.read_text())["seconds"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return seconds if len(seconds) == count else None
+
+
+def _measure(packer: Packer, choices: list[Compiled], tokens: int) -> list[float]:
+    x = jax.random.normal(jax.random.key(0), (tokens, packer.layer.in_features), packer.dtype)
+
+    layers = {i: Running(packer.pack(choice), x) for i, choice in enumerate(choices)}
+    medians = interleaved_medians(layers, REPEATS)
+    return [medians[index] for index in range(len(choices))]

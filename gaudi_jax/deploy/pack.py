@@ -1,0 +1,85 @@
+"""One Gaudi layer, packed."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gaudi_jax.deploy.layout import Compiled, Windows, compile_layout
+from gaudi_jax.deploy.machine import Machine
+from gaudi_jax.layers import GaudiLinear, PackedLinear
+from gaudi_jax.masks import hard_mask, intervals
+
+
+class Packer:
+    """Makes packed forms of a Gaudi layer with different layouts.
+
+    Args:
+        layer: the layer; it is left as it is.
+    """
+
+    def __init__(self, layer: GaudiLinear):
+        self.layer = layer
+        places = [_places(layer, axis) for axis in (0, 1)]
+        self._live = np.flatnonzero((places[0][1] > 0) & (places[1][1] > 0))
+        self._reads, self._writes = (
+            Windows(
+                np.repeat(start[self._live], layer.rank),
+                np.repeat(length[self._live], layer.rank),
+                size,
+            )
+            for (start, length), size in zip(
+                places, (layer.in_features, layer.out_features), strict=True
+            )
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """In which the layer computes."""
+        return jnp.dtype(self.layer.dtype or self.layer.param_dtype)
+
+    def compile(self, machine: Machine, tokens: int) -> Compiled:
+        """The fastest layout by the model of a machine, for a number of input vectors at once."""
+        return compile_layout(self._reads, self._writes, machine, tokens, self.dtype.itemsize)
+
+    def pack(self, compiled: Compiled) -> PackedLinear:
+        """The packed form with a layout."""
+        layer = self.layer
+        packed = PackedLinear(
+            layer.in_features,
+            layer.out_features,
+            compiled.layout,
+            use_bias=layer.use_bias,
+            dtype=layer.dtype,
+            param_dtype=layer.param_dtype,
+        )
+        columns = self._live[:, None] * layer.rank + np.arange(layer.rank)
+        order = columns.ravel()[compiled.order]
+        packed.fill(_columns(layer, 0)[order], _columns(layer, 1)[order])
+        if packed.bias is not None and layer.bias is not None:
+            packed.bias.set_value(layer.bias[...])
+        return packed
+
+
+def pack(layer: GaudiLinear, machine: Machine, tokens: int) -> PackedLinear:
+    """The packed form of a layer that is fastest by the model of a machine."""
+    packer = Packer(layer)
+    return packer.pack(packer.compile(machine, tokens))
+
+
+def _places(layer: GaudiLinear, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the blocks' intervals in features."""
+    size = (layer.in_features, layer.out_features)[axis]
+    places = intervals(
+        layer.widths[axis], layer.locations[axis], size, granularity=layer.granularity[axis]
+    )
+    return np.asarray(places[0]), np.asarray(places[1])
+
+
+def _columns(layer: GaudiLinear, axis: int) -> Array:
+    """The blocks' columns on an axis, zero outside the exact boxcars."""
+    factor = (layer.v, layer.u)[axis][...]
+    size = factor.shape[-1]
+    mask = hard_mask(
+        layer.widths[axis], layer.locations[axis], size, granularity=layer.granularity[axis]
+    )
+    return (factor * mask[:, None].astype(factor.dtype)).reshape(-1, size)

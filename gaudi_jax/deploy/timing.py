@@ -1,0 +1,72 @@
+"""Times of things that are compared: measured in turn, warm, as medians."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+
+class Running:
+    """A model compiled for one input; called, it computes its output.
+
+    Args:
+        model: the model.
+        inputs: its arguments.
+
+    Attributes:
+        parameter_bytes: of all its arrays.
+        peak_bytes: of its arrays, inputs, outputs and what is between them; None where the compiler
+            does not tell.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gaudi_jax.deploy.timing import Running
+        >>> running = Running(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), jnp.ones((3, 4)))
+        >>> running().shape, running.parameter_bytes
+        ((3, 2), 40)
+    """
+
+    def __init__(self, model: nnx.Module, *inputs: Array):
+        graphdef, self._state = nnx.split(model)
+        self._inputs = inputs
+
+        def apply(state, *inputs):
+            return nnx.merge(graphdef, state)(*inputs)
+
+        self._run = jax.jit(apply).lower(self._state, *inputs).compile()
+        self.parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        self.peak_bytes = None
+        if memory := self._run.memory_analysis():
+            kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+            self.peak_bytes = kept + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+    def __call__(self) -> Array:
+        """The model's output."""
+        return self._run(self._state, *self._inputs)
+
+
+def interleaved_medians(
+    functions: Mapping[Any, Callable[[], object]], repeats: int
+) -> dict[Any, float]:
+    """Median seconds of each function, called in turn; the first two rounds warm up.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.deploy.timing import interleaved_medians
+        >>> seconds = interleaved_medians({"sum": lambda: jnp.ones(8).sum()}, repeats=3)
+        >>> seconds["sum"] > 0
+        True
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in functions}
+    for round_ in range(repeats + 2):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if round_ >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -1,0 +1,114 @@
+"""Writes the model of a run as one file: ``python -m gaudi_jax.export WORKDIR --out=FILE``.
+
+Gaudi layers are packed first. The file needs neither gaudi_jax nor the workdir: see
+``gaudi_jax/export/loader.py``.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from gaudi_jax.compression.surgery import find_gaudi
+from gaudi_jax.cost import cost
+from gaudi_jax.deploy.harden import harden, tokens_of
+from gaudi_jax.deploy.machine import MACHINES
+from gaudi_jax.deploy.timing import Running
+from gaudi_jax.errors import UserError
+from gaudi_jax.export.artifact import PLATFORMS, export_model
+from gaudi_jax.export.loader import load_exported
+from gaudi_jax.training.load import load_with_step
+from gaudi_jax.training.tasks import Task, open_task
+from gaudi_jax.training.workdir import read_config
+
+#: Largest difference to the model's own outputs, over their largest value.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+MEBI = 2**20
+
+
+def main() -> int:
+    """Exports; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gaudi_jax.export", description=__doc__)
+    parser.add_argument("workdir", type=Path, help="directory of a run")
+    parser.add_argument("--out", type=Path, required=True, help="file that is written")
+    parser.add_argument(
+        "--step",
+        type=lambda text: int(text) if text.isdigit() else text,
+        help="step of the checkpoint, best or packed; by default the newest",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="inputs at once (default 8)")
+    parser.add_argument("--backend", choices=MACHINES, help="where it will run; by default here")
+    parser.add_argument(
+        "--platforms", nargs="+", default=PLATFORMS, help=f"some of {', '.join(PLATFORMS)}"
+    )
+    arguments = parser.parse_args()
+    try:
+        export(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Writes the file, checks it against the model, and prints what it takes."""
+    if arguments.batch < 1:
+        raise UserError(f"--batch={arguments.batch} must be at least 1")
+    config = ConfigDict(read_config(arguments.workdir))
+    model, step = load_with_step(arguments.workdir, arguments.step)
+    task = open_task(config)
+    if find_gaudi(model)[0]:
+        tokens = tokens_of(model, task.example, arguments.batch)
+        model = harden(model, tokens=tokens, backend=arguments.backend).model
+    header = export_model(
+        model,
+        task.example,
+        arguments.out,
+        platforms=arguments.platforms,
+        card=_card(model, task, step),
+    )
+    print(f"wrote {arguments.out}: {arguments.out.stat().st_size / MEBI:.2f} MiB")
+    print(f"reads {header['input_shape']} of {header['input_dtype']}", end=", ")
+    print(f"gives {header['output_shape']} of {header['output_dtype']}")
+    _check(model, task, arguments)
+
+
+def _card(model: nnx.Module, task: Task, step: int) -> dict[str, Any]:
+    return {
+        "task": task.describe(),
+        "step": step,
+        "seed": task.config.seed,
+        "relative_multiplications": cost(model, task.example).relative,
+    }
+
+
+def _check(model: nnx.Module, task: Task, arguments: argparse.Namespace) -> None:
+    """Compares the file's outputs with the model's on a test batch, where it runs here."""
+    batch = jax.tree.map(jnp.asarray, next(task.evaluation_batches("test")))
+    x = task.inputs(batch)[: arguments.batch]
+    running = Running(model, x)
+    if running.peak_bytes:
+        print(f"peak memory with {len(x)} inputs: {running.peak_bytes / MEBI:.2f} MiB")
+    if {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()) not in arguments.platforms:
+        print(f"not checked: the file is not for {jax.default_backend()}")
+        return
+    wanted = running().astype(jnp.float32)
+    difference = float(
+        jnp.abs(load_exported(arguments.out)(x).astype(jnp.float32) - wanted).max()
+        / jnp.abs(wanted).max()
+    )
+    if not difference <= TOLERANCE[task.config.model.dtype]:
+        raise UserError(
+            f"the outputs of {arguments.out} differ from the model's by {difference:.1e}; it is of "
+            "no use"
+        )
+    print(f"checked on {len(x)} test inputs: outputs differ by {difference:.1e} from the model's")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

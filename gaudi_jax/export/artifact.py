@@ -1,0 +1,122 @@
+"""Writing a model as one file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from flax import nnx
+
+from gaudi_jax.compression.surgery import find_gaudi
+from gaudi_jax.errors import UserError
+from gaudi_jax.export.loader import FORMAT
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_model(
+    model: nnx.Module,
+    example: jax.ShapeDtypeStruct,
+    file: str | Path,
+    *,
+    platforms: Sequence[str] = PLATFORMS,
+    card: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes a model as a file that `gaudi_jax.export.loader` runs with nothing but JAX.
+
+    The file holds a StableHLO program (`jax.export`) with a batch of any size, and the model's
+    arrays.
+
+    Args:
+        model: the model, its Gaudi layers packed (`gaudi_jax.harden`); it is exported in evaluation
+            mode.
+        example: its input, with a batch axis of any length first.
+        file: a new file.
+        platforms: of "cpu", "cuda" and "tpu", those that it will run on.
+        card: plain values that the file names beside the model, such as its quality.
+
+    Returns:
+        The first line of the file: formats, sizes, shapes and the card.
+
+    Raises:
+        UserError: the file exists or cannot be written, a platform is unknown, or the model holds
+            Gaudi layers.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gaudi_jax.export import export_model, load_exported
+        >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "linear.stablehlo"
+        >>> header = export_model(model, jax.ShapeDtypeStruct((1, 4), jnp.float32), file)
+        >>> header["input_shape"], header["output_shape"]
+        (['b', 4], ['b', 2])
+        >>> load_exported(file)(jnp.ones((3, 4))).shape
+        (3, 2)
+    """
+    file = Path(file)
+    unknown = [name for name in platforms if name not in PLATFORMS]
+    if unknown or not platforms:
+        raise UserError(f"unknown platforms {unknown}; use some of {', '.join(PLATFORMS)}")
+    if find_gaudi(model)[0]:
+        raise UserError("the model holds GaudiLinears with masks; pack them with gaudi_jax.harden")
+    if file.exists():
+        raise UserError(f"{file} exists; remove it or give another file")
+    view = nnx.clone(model)
+    view.eval()
+    graphdef, state = nnx.split(view)
+    leaves, treedef = jax.tree.flatten(state)
+
+    def apply(weights: list[Any], inputs: Any) -> Any:
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))(inputs)
+
+    batch = jax.export.symbolic_shape("b")
+    inputs = jax.ShapeDtypeStruct((*batch, *example.shape[1:]), example.dtype)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    exported = jax.export.export(jax.jit(apply), platforms=tuple(platforms))(shapes, inputs)
+    (output,) = exported.out_avals
+    program = exported.serialize()
+    arrays = [np.ascontiguousarray(jax.device_get(leaf)) for leaf in leaves]
+    parts = [bytes(program), *(array.tobytes() for array in arrays)]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    header = {
+        "gaudi_jax_export": FORMAT,
+        "sha256": digest.hexdigest(),
+        "jax": jax.__version__,
+        "platforms": list(exported.platforms),
+        **_described("input", inputs),
+        **_described("output", output),
+        "card": dict(card or {}),
+        "program_bytes": len(program),
+        "weights": [[list(array.shape), array.dtype.name] for array in arrays],
+    }
+    _write(file, [json.dumps(header).encode() + b"\n", *parts])
+    return header
+
+
+def _described(name: str, value: Any) -> dict[str, Any]:
+    sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return {f"{name}_shape": sizes, f"{name}_dtype": value.dtype.name}
+
+
+def _write(file: Path, parts: Sequence[bytes]) -> None:
+    """All or nothing: a name that exists is never half a file."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                stream.writelines(parts)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror}); choose another file") from error

@@ -1,0 +1,239 @@
+"""A run from its checkpoint to a packed model and to one file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import gaudi_jax
+from gaudi_jax.compression import densify
+from gaudi_jax.deploy import __main__ as deploy_command
+from gaudi_jax.deploy import autotune
+from gaudi_jax.deploy.pack import Packer
+from gaudi_jax.errors import UserError
+from gaudi_jax.export import __main__ as export_command
+from gaudi_jax.export import export_model, load_exported
+from gaudi_jax.export.loader import read
+from gaudi_jax.layers import PackedLinear
+from gaudi_jax.report import write_report
+from gaudi_jax.training.loop import train
+from tests.runs import tiny_config
+from tests.test_packed import EVEN, assert_same_function, layer_of
+
+ROOT = Path(__file__).parents[1]
+LOADER = ROOT / "gaudi_jax" / "export" / "loader.py"
+IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+
+
+def call(command, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    return command.main()
+
+
+def not_packed(workdir, copy):
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("packed"))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "digits"
+    train(tiny_config(steps=4), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def packed(workdir):
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(deploy_command, patch, workdir, "--repeats=1", "--batch=2") == 0
+    return workdir
+
+
+def test_a_packed_run_is_loaded_and_evaluated(packed, monkeypatch, capsys):
+    model, small = gaudi_jax.load(packed), gaudi_jax.load(packed, "packed")
+    layers = [layer for _, layer in nnx.iter_modules(small) if isinstance(layer, PackedLinear)]
+    assert len(layers) == 6
+    x = jnp.ones((3, 8, 8, 1))
+    np.testing.assert_allclose(small(x), model(x), atol=1e-5)
+    summary = write_report(packed, "packed")
+    assert summary["steps"] == 4
+    assert {layer["kind"] for layer in summary["layers"]} >= {"PackedLinear"}
+    assert call(deploy_command, monkeypatch, packed) == 1
+    assert "packed exists; remove it" in capsys.readouterr().err
+
+
+def test_the_report_states_soft_hard_and_packed_results(workdir):
+    summary = write_report(workdir)
+    assert summary["test_loss_packed"] == pytest.approx(summary["test_loss_hard"], abs=1e-5)
+    assert "Test accuracy, packed" in (workdir / "summary.txt").read_text()
+
+
+def test_the_table_of_forms_compares_the_same_model(workdir):
+    model = gaudi_jax.load(workdir)
+    forms = {"dense": densify(model), "packed": gaudi_jax.harden(model).model}
+    table = deploy_command.measured(forms, IMAGES, batch=2, repeats=1)
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["dense", "packed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch=0"], "--batch=0 must be at least 1"),
+        (["--repeats=0"], "--repeats=0 must be at least 1"),
+        (["--step=77"], "77"),
+        (["--backend=tpu", "--autotune"], "backend='tpu' cannot be measured on 'cpu'"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, message, workdir, tmp_path, monkeypatch, capsys):
+    not_packed(workdir, tmp_path / "run")
+    assert call(deploy_command, monkeypatch, tmp_path / "run", *arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_run_that_was_not_packed_is_named(workdir, tmp_path):
+    not_packed(workdir, tmp_path / "run")
+    with pytest.raises(UserError, match="holds no packed model; make it with"):
+        gaudi_jax.load(tmp_path / "run", "packed")
+
+
+def test_autotune_takes_what_was_fastest_and_keeps_it(tmp_path, monkeypatch):
+    layer = layer_of(3, (8, 8), (8, 8), 1, 12)
+    choices = autotune._choices(Packer(layer), EVEN, 64)
+    assert len(choices) > 2
+    assert choices[-1].layout is None
+    for index, choice in enumerate(choices):
+        # The clock of the first one measured runs fastest.
+        seconds = [float(i != index) for i in range(len(choices))]
+        monkeypatch.setattr(autotune, "_measure", lambda *_, seconds=seconds: seconds)
+        kept = tmp_path / str(index)
+        tuned = autotune.fastest(layer, EVEN, 64, kept)
+        assert tuned.layout == choice.layout
+        assert_same_function(tuned, layer)
+        monkeypatch.setattr(autotune, "_measure", None)
+        assert autotune.fastest(layer, EVEN, 64, kept).layout == choice.layout
+    (file,) = (tmp_path / "0").iterdir()
+    file.write_text("damaged")
+    monkeypatch.setattr(autotune, "_measure", lambda *_: [float(i) for i in range(len(choices))])
+    assert autotune.fastest(layer, EVEN, 64, tmp_path / "0").layout == choices[0].layout
+    assert json.loads(file.read_text())["seconds"][1] == 1.0
+
+
+def test_autotune_measures(tmp_path):
+    layer = layer_of(3, (8, 8), (32, 32), 1, 12)
+    model, _ = gaudi_jax.harden(layer, tokens=2048, autotune=True, cache_dir=tmp_path)
+    assert_same_function(model, layer)
+    (file,) = tmp_path.iterdir()
+    assert min(json.loads(file.read_text())["seconds"]) > 0
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    file = tmp_path_factory.mktemp("exported") / "digits.stablehlo"
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(export_command, patch, workdir, f"--out={file}") == 0
+    return file
+
+
+#: Runs a file where only JAX and what it needs can be imported.
+ONLY_JAX = """
+import importlib.abc, runpy, sys
+ALLOWED = {"jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "flatbuffers"}
+class Only(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in BLOCKED - ALLOWED:
+            raise ModuleNotFoundError(name)
+BLOCKED = {"gaudi_jax", "flax", "optax", "orbax", "grain", "ml_collections", "einops", "absl"}
+sys.meta_path.insert(0, Only())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def load_elsewhere(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", ONLY_JAX, str(LOADER), *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_exported_model_runs_with_nothing_but_jax(workdir, exported, tmp_path):
+    model = gaudi_jax.load(workdir)
+    x = np.random.default_rng(0).random((5, 8, 8, 1), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    done = load_elsewhere(tmp_path, exported, tmp_path / "x.npy", tmp_path / "y.npy")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model(x), atol=1e-5)
+    described = load_elsewhere(tmp_path, exported)
+    header = json.loads(described.stdout)
+    assert header["platforms"] == ["cpu", "cuda", "tpu"]
+    assert header["input_shape"] == ["b", 8, 8, 1]
+    assert header["card"]["step"] == 4
+
+
+def test_any_number_of_inputs(workdir, exported):
+    run, model = load_exported(exported), gaudi_jax.load(workdir)
+    for count in (1, 7):
+        x = np.random.default_rng(count).random((count, 8, 8, 1), np.float32)
+        np.testing.assert_allclose(run(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 40, 2000, -1])
+def test_a_damaged_file_is_one_sentence(exported, tmp_path, place):
+    damaged = bytearray(exported.read_bytes())
+    damaged[place] ^= 0x55
+    (tmp_path / "damaged").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"damaged|format"):
+        load_exported(tmp_path / "damaged")
+
+
+def test_what_does_not_fit_is_one_sentence(exported, tmp_path, workdir, monkeypatch):
+    content = exported.read_bytes()
+    (tmp_path / "short").write_bytes(content[:-100])
+    (tmp_path / "newer").write_bytes(content.replace(b'export": 1', b'export": 9'))
+    for name, message in {
+        "short": "SHA-256 differs",
+        "newer": "has format 9",
+        "none": "cannot be read",
+    }.items():
+        done = load_elsewhere(tmp_path, tmp_path / name)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    with pytest.raises(ValueError, match=r"shape \(2, 9, 8, 1\) and dtype float64 do not fit"):
+        load_exported(exported)(np.zeros((2, 9, 8, 1)))
+    only_tpu = tmp_path / "tpu"
+    model = gaudi_jax.load(workdir)
+    with pytest.raises(UserError, match=r"pack them with gaudi_jax\.harden"):
+        export_model(model, IMAGES, only_tpu)
+    export_model(densify(model), IMAGES, only_tpu, platforms=["tpu"])
+    with pytest.raises(ValueError, match="is for tpu, and JAX runs on cpu"):
+        load_exported(only_tpu)
+    assert read(only_tpu)[0]["platforms"] == ["tpu"]
+
+
+def test_exporting_mistakes_are_one_sentence(workdir, exported, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for arguments, message in [
+        ([workdir, f"--out={exported}"], "exists; remove it"),
+        ([workdir, f"--out={tmp_path / 'x'}", "--platforms", "abacus"], "unknown platforms"),
+        ([workdir, f"--out={tmp_path / 'file' / 'x'}"], "cannot write"),
+        ([tmp_path / "none", f"--out={tmp_path / 'x'}"], "holds no run"),
+        ([workdir, f"--out={tmp_path / 'x'}", "--batch=0"], "--batch=0"),
+    ]:
+        assert call(export_command, monkeypatch, *arguments) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error
+    assert not (tmp_path / "x").exists()
