@@ -4,7 +4,10 @@
     python main.py --config=configs/digits_vit_gaudi_finetune.py:dense=WORKDIR,method=low_rank
 
 First trains the dense model (``configs/digits_vit_gaudi.py:layer=dense``) in the workdir's folder
-``dense``, or takes the one of the run that ``dense=`` names.
+``dense``, or takes the one of the run that ``dense=`` names. That run may have Gaudi layers too:
+their blocks are then found anew, on a coarser grid for example, which deploys faster:
+
+    python main.py --config=configs/digits_vit_gaudi_finetune.py:dense=WORKDIR,granularity=16
 
 Arguments: ``method=gaudi|low_rank|best``, ``budget=0.24`` (of the transformer blocks' layers; with
 patch embedding and head it comes to 0.25), ``granularity=1``, ``dense=WORKDIR``, ``smoke``.

@@ -19,6 +19,7 @@ from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.errors import UserError
 from gaudi_jax.report import summary_table, write_report
 from gaudi_jax.training import loop
+from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.moments import Moments, carry_moments, read_moments, with_moments
 from gaudi_jax.training.optim import gaudi_adamw
 from gaudi_jax.training.setup import pretrained_model
@@ -112,6 +113,18 @@ def test_starting_from_another_run(finished, tmp_path):
     assert loop.train(finetune_config(dense, "low_rank", steps=1), tmp_path / "low_rank")
     model = gaudi_jax.load(tmp_path / "low_rank")
     assert isinstance(model.blocks[0].mlp.fc2, LowRankLinear)
+
+
+@pytest.mark.slow
+def test_blocks_of_a_run_are_regrouped_on_a_coarser_grid(finished, tmp_path):
+    config = finetune_config(dense=str(finished))
+    config.compress.granularity = 4
+    assert loop.train(config, tmp_path)
+    layer = gaudi_jax.load(tmp_path).blocks[0].mlp.fc1
+    assert layer.granularity == (4, 4)
+    np.testing.assert_allclose(4 * layer.widths[...] % 1, 0, atol=1e-6)
+    row = read_metrics(tmp_path)[0]
+    assert row["dense_test_loss"] == pytest.approx(write_report(finished)["test_loss_hard"], 1e-4)
 
 
 @pytest.mark.parametrize(

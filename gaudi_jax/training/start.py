@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from gaudi_jax.compression import densify
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import StructuredLinear
 from gaudi_jax.training.checkpoint import Checkpointer
@@ -31,7 +32,8 @@ def initialise(model: nnx.Module, source: str, config: ConfigDict) -> None:
     """Takes the parameters of another run's model, or of a Hugging Face one, of the same sizes.
 
     Structured layers that are dense there get the truncated SVD of the dense kernel; their widths
-    and locations stay as the config starts them.
+    and locations stay as the config starts them. A model of dense layers only gets the kernels of
+    structured ones.
 
     Raises:
         UserError: it is not there, has other parameters, or reads other tokens.
@@ -39,6 +41,7 @@ def initialise(model: nnx.Module, source: str, config: ConfigDict) -> None:
     if is_run(source):
         _check_vocabulary(source, config)
         other = load(source)
+        other = other if _is_structured(model) else densify(other)
         remedy = "initialise from a run with the same model and layer sections, or a dense one"
     else:
         other = pretrained_model(config, source)
@@ -75,8 +78,8 @@ def _check_vocabulary(source: str, config: ConfigDict) -> None:
         )
 
 
-def moments_of(source: str) -> Moments:
-    """The optimizer's moments at the end of a run.
+def moments_of(source: str) -> Moments | None:
+    """The optimizer's moments at the end of a run; None where its layers were not dense.
 
     Raises:
         UserError: it holds no checkpoint.
@@ -93,4 +96,10 @@ def moments_of(source: str) -> Moments:
         restored = checkpoints.restore(wanted)
     if restored is None:
         raise UserError(f"{source} holds no checkpoint; train it first")
+    if _is_structured(abstract_model(config, phase_of(config, restored.step), Path(source))):
+        return None  # their factors' moments say little about the kernels'
     return read_moments(restored.state["opt_state"])
+
+
+def _is_structured(model: nnx.Module) -> bool:
+    return any(isinstance(layer, StructuredLinear) for _, layer in nnx.iter_modules(model))
