@@ -1,12 +1,14 @@
 """Latency of packed Gaudi layers beside dense ones and low-rank ones of the same cost.
 
     python benchmarks/deploy.py [--parts layers vit gpt2] [--budget 0.3] [--granularity 64]
+    python benchmarks/deploy.py --parts curve [--budgets 0.1 0.2 0.3 0.45] [--granularity 64]
 
 *layers*: the three shapes of ViT-B, on 1576 tokens (8 images). The kernels are those of
 ``benchmarks/decompose.py``, like trained attention layers; the blocks are found by `decompose`.
-*vit*: ViT-B/16 forward on 8 images. *gpt2*: GPT-2 small, greedy decoding of one row
-(``--gpt2-budget 0.44`` in its linear layers). Each model holds one kernel per shape in all of its
-layers, which changes its function, and not its time.
+*curve*: the same over a range of costs, and a picture of error against measured time,
+``benchmarks/results/deploy-curve.png``. *vit*: ViT-B/16 forward on 8 images. *gpt2*: GPT-2 small,
+greedy decoding of one row (``--gpt2-budget 0.44`` in its linear layers). Each model holds one
+kernel per shape in all of its layers, which changes its function, and not its time.
 
 All forms of a model are measured in one process, interleaved and warm; times are medians. The
 packed form is compared with the dense product of the same blocks in the same run.
@@ -22,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from decompose import kernel
 from flax import nnx
+from matplotlib.figure import Figure
+from runs import RESULTS
 from tabulate import tabulate
 
 import gaudi_jax
@@ -67,13 +71,13 @@ def dense(layer: GaudiLinear) -> Any:
 
 
 def forms(
-    n: int, m: int, budget: float, granularity: int, tokens: int
+    n: int, m: int, budget: float, args: argparse.Namespace, tokens: int
 ) -> dict[str, Callable[[], Any]]:
     """How each form of a layer is made."""
-    blocks = gaudi(n, m, budget, granularity)
+    blocks = gaudi(n, m, budget, args.granularity)
     return {
         "dense": partial(dense, blocks),
-        "packed": lambda: gaudi_jax.harden(blocks, tokens=tokens).model,
+        "packed": lambda: gaudi_jax.harden(blocks, tokens=tokens, autotune=args.autotune).model,
         "low-rank": lambda: nnx.clone(low_rank(n, m, int(blocks.multiplications()))),
     }
 
@@ -90,13 +94,41 @@ def difference(a: jax.Array, b: jax.Array) -> float:
 
 
 def layers(args: argparse.Namespace) -> None:
+    rows = layer_rows(args, args.budget)
+    show(rows)
+    print(f"mean speed-up of the packed layers: {np.mean([row[4] for row in rows]):.2f}")
+
+
+def curve(args: argparse.Namespace) -> None:
+    rows = [row for budget in args.budgets for row in layer_rows(args, budget)]
+    show(rows)
+    figure = Figure(figsize=(4 * len(SHAPES), 4), dpi=100, layout="constrained")
+    for axes, (n, m) in zip(figure.subplots(1, len(SHAPES)), SHAPES, strict=True):
+        own = [row for row in rows if row[0] == f"{n} → {m}"]
+        for name, speed, error in (("Gaudi, packed", 4, 6), ("low-rank", 5, 7)):
+            axes.plot(
+                [1 / row[speed] for row in own], [row[error] for row in own], "o-", label=name
+            )
+        axes.set(title=own[0][0], xlabel="time over dense", ylabel="relative error", yscale="log")
+        axes.axvline(1, color="grey", linewidth=0.8)
+    axes.legend()
+    figure.savefig(RESULTS / "deploy-curve.png")
+
+
+def show(rows: list[tuple]) -> None:
+    headers = (
+        *("layer", "cost", "packed cost", "dense ms", "packed: faster", "low-rank: faster"),
+        *("packed: error", "low-rank: error", "difference"),
+    )
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=".3g"), flush=True)
+
+
+def layer_rows(args: argparse.Namespace, budget: float) -> list[tuple]:
+    """A row for each shape: times of its forms, and their errors."""
     tokens, rows = IMAGES * PATCHES, []
     for n, m in SHAPES:
         x = jax.random.normal(jax.random.key(0), (tokens, n))
-        made = {
-            name: make()
-            for name, make in forms(n, m, args.budget, args.granularity, tokens).items()
-        }
+        made = {name: make() for name, make in forms(n, m, budget, args, tokens).items()}
         calls = {name: call(model, x) for name, model in made.items()}
         seconds = interleaved_medians(calls, args.repeats)
         errors = {
@@ -106,7 +138,7 @@ def layers(args: argparse.Namespace) -> None:
         rows.append(
             (
                 f"{n} → {m}",
-                int(gaudi(n, m, args.budget, args.granularity).multiplications()) / (n * m),
+                int(gaudi(n, m, budget, args.granularity).multiplications()) / (n * m),
                 int(made["packed"].multiplications()) / (n * m),
                 1e3 * seconds["dense"],
                 seconds["dense"] / seconds["packed"],
@@ -116,25 +148,22 @@ def layers(args: argparse.Namespace) -> None:
                 f"{difference(calls['packed'](), calls['dense']()):.1e}",
             )
         )
-    headers = (
-        *("layer", "cost", "packed cost", "dense ms", "packed: faster", "low-rank: faster"),
-        *("packed: error", "low-rank: error", "difference"),
-    )
-    print(tabulate(rows, headers, tablefmt="github", floatfmt=".3g"), flush=True)
-    print(f"mean speed-up of the packed layers: {np.mean([row[4] for row in rows]):.2f}")
+    return rows
 
 
 def kernel_of(layer: Any) -> jax.Array:
     return layer.kernel[...] if isinstance(layer, nnx.Linear) else layer.kernel()
 
 
-def with_layers(model: nnx.Module, form: str, budget: float, granularity: int, tokens: int):
+def with_layers(
+    model: nnx.Module, form: str, budget: float, args: argparse.Namespace, tokens: int
+) -> Any:
     """The model with one layer per shape in all of its blocks."""
     model = nnx.clone(model)
     for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, nnx.Linear) and "blocks" in path:
             sizes = module.in_features, module.out_features
-            become(module, forms(*sizes, budget, granularity, tokens)[form]())
+            become(module, forms(*sizes, budget, args, tokens)[form]())
     model.eval()
     return model
 
@@ -144,9 +173,7 @@ def vit(args: argparse.Namespace) -> None:
     model = ViT(config, rngs=nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(0), (IMAGES, 224, 224, 3))
     calls = {
-        form: call(
-            with_layers(model, form, args.budget, args.granularity, IMAGES * PATCHES), images
-        )
+        form: call(with_layers(model, form, args.budget, args, IMAGES * PATCHES), images)
         for form in ("dense", "packed", "low-rank")
     }
     report("ViT-B/16 forward, 8 images", interleaved_medians(calls, args.repeats))
@@ -165,14 +192,14 @@ def gpt2(args: argparse.Namespace) -> None:
 
     calls, tokens = {}, {}
     for form in ("dense", "packed", "low-rank"):
-        made = with_layers(model, form, args.gpt2_budget, args.granularity, tokens=1)
+        made = with_layers(model, form, args.gpt2_budget, args, tokens=1)
         calls[form, 1], calls[form, NEW] = decode(made, 1), decode(made, NEW)
         tokens[form] = calls[form, NEW]()
     seconds = interleaved_medians(calls, args.repeats)
     # Without what reading the prompt takes.
     step = {form: (seconds[form, NEW] - seconds[form, 1]) / (NEW - 1) for form in tokens}
     report("GPT-2 small, a token of one row", step)
-    print(f"same tokens: {bool((tokens['packed'] == tokens['dense']).mean() > 0.9)}")
+    print(f"same tokens: {(tokens['packed'] == tokens['dense']).mean():.0%}")
 
 
 def report(name: str, seconds: dict[str, float]) -> None:
@@ -186,11 +213,13 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--gpt2-budget", type=float, default=0.44)
     parser.add_argument("--granularity", type=int, default=64)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.45])
+    parser.add_argument("--autotune", action="store_true", help="measure layouts")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
     for part in args.parts:
-        {"layers": layers, "vit": vit, "gpt2": gpt2}[part](args)
+        {"layers": layers, "curve": curve, "vit": vit, "gpt2": gpt2}[part](args)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from gaudi_jax.export import __main__ as export_command
 from gaudi_jax.export import export_model, load_exported
 from gaudi_jax.export.loader import read
 from gaudi_jax.layers import PackedLinear
+from gaudi_jax.models import GPT2, GPT2Config
+from gaudi_jax.models.generate import generate
 from gaudi_jax.report import write_report
 from gaudi_jax.training.loop import train
 from tests.runs import tiny_config
@@ -38,7 +40,7 @@ def call(command, monkeypatch, *arguments):
 
 
 def not_packed(workdir, copy):
-    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("packed"))
+    shutil.copytree(workdir, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("packed"))
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,13 @@ def test_a_packed_run_is_loaded_and_evaluated(packed, monkeypatch, capsys):
     assert len(layers) == 6
     x = jnp.ones((3, 8, 8, 1))
     np.testing.assert_allclose(small(x), model(x), atol=1e-5)
+    report = write_report(packed)
     summary = write_report(packed, "packed")
     assert summary["steps"] == 4
     assert {layer["kind"] for layer in summary["layers"]} >= {"PackedLinear"}
+    assert summary["test_loss_packed"] == pytest.approx(report["test_loss_hard"], abs=1e-5)
+    assert "test_loss_soft" not in summary
+    assert json.loads((packed / "summary.json").read_text()) == report
     assert call(deploy_command, monkeypatch, packed) == 1
     assert "packed exists; remove it" in capsys.readouterr().err
 
@@ -98,10 +104,19 @@ def test_mistakes_are_one_sentence(arguments, message, workdir, tmp_path, monkey
     assert message in error
 
 
-def test_a_run_that_was_not_packed_is_named(workdir, tmp_path):
-    not_packed(workdir, tmp_path / "run")
-    with pytest.raises(UserError, match="holds no packed model; make it with"):
-        gaudi_jax.load(tmp_path / "run", "packed")
+def test_a_packed_model_that_is_not_there_or_damaged_is_named(workdir, tmp_path):
+    not_packed(workdir, tmp_path)
+    for content, message in {
+        None: "holds no packed model; make it with",
+        "": "is incomplete; remove it",
+        "[]": "plan of format 'list'",
+    }.items():
+        if content is not None:
+            (tmp_path / "packed").mkdir(exist_ok=True)
+        if content:
+            (tmp_path / "packed" / "plan.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            gaudi_jax.load(tmp_path, "packed")
 
 
 def test_autotune_takes_what_was_fastest_and_keeps_it(tmp_path, monkeypatch):
@@ -111,7 +126,7 @@ def test_autotune_takes_what_was_fastest_and_keeps_it(tmp_path, monkeypatch):
     assert choices[-1].layout is None
     for index, choice in enumerate(choices):
         # The clock of the first one measured runs fastest.
-        seconds = [float(i != index) for i in range(len(choices))]
+        seconds = [1.0 + (i != index) for i in range(len(choices))]
         monkeypatch.setattr(autotune, "_measure", lambda *_, seconds=seconds: seconds)
         kept = tmp_path / str(index)
         tuned = autotune.fastest(layer, EVEN, 64, kept)
@@ -120,10 +135,12 @@ def test_autotune_takes_what_was_fastest_and_keeps_it(tmp_path, monkeypatch):
         monkeypatch.setattr(autotune, "_measure", None)
         assert autotune.fastest(layer, EVEN, 64, kept).layout == choice.layout
     (file,) = (tmp_path / "0").iterdir()
-    file.write_text("damaged")
-    monkeypatch.setattr(autotune, "_measure", lambda *_: [float(i) for i in range(len(choices))])
-    assert autotune.fastest(layer, EVEN, 64, tmp_path / "0").layout == choices[0].layout
-    assert json.loads(file.read_text())["seconds"][1] == 1.0
+    seconds = [1.0 + i for i in range(len(choices))]
+    monkeypatch.setattr(autotune, "_measure", lambda *_: seconds)
+    for damage in ("damaged", json.dumps({"seconds": [0.0] * len(choices)})):
+        file.write_text(damage)
+        assert autotune.fastest(layer, EVEN, 64, tmp_path / "0").layout == choices[0].layout
+        assert json.loads(file.read_text())["seconds"] == seconds
 
 
 def test_autotune_measures(tmp_path):
@@ -183,24 +200,30 @@ def test_an_exported_model_runs_with_nothing_but_jax(workdir, exported, tmp_path
 
 def test_any_number_of_inputs(workdir, exported):
     run, model = load_exported(exported), gaudi_jax.load(workdir)
+    with pytest.raises(ValueError, match="b at least 1"):
+        run(np.zeros((0, 8, 8, 1), np.float32))
+    np.testing.assert_allclose(
+        jax.jit(run)(jnp.ones((2, 8, 8, 1))), model(jnp.ones((2, 8, 8, 1))), atol=1e-5
+    )
     for count in (1, 7):
         x = np.random.default_rng(count).random((count, 8, 8, 1), np.float32)
         np.testing.assert_allclose(run(x), model(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("place", [0, 40, 2000, -1])
-def test_a_damaged_file_is_one_sentence(exported, tmp_path, place):
+@pytest.mark.parametrize("part", [b"gaudi", b"1 ", b"float32", b'"b"', b"bytes", b"cuda", b""])
+def test_a_damaged_file_is_one_sentence(exported, tmp_path, part):
     damaged = bytearray(exported.read_bytes())
-    damaged[place] ^= 0x55
+    place = damaged.index(part) if part else len(damaged) - 1
+    damaged[place] ^= 0x02
     (tmp_path / "damaged").write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"damaged|format"):
+    with pytest.raises(ValueError, match=r"is damaged|its beginning is damaged|has format"):
         load_exported(tmp_path / "damaged")
 
 
 def test_what_does_not_fit_is_one_sentence(exported, tmp_path, workdir, monkeypatch):
     content = exported.read_bytes()
     (tmp_path / "short").write_bytes(content[:-100])
-    (tmp_path / "newer").write_bytes(content.replace(b'export": 1', b'export": 9'))
+    (tmp_path / "newer").write_bytes(content.replace(b"export 1", b"export 9"))
     for name, message in {
         "short": "SHA-256 differs",
         "newer": "has format 9",
@@ -221,6 +244,40 @@ def test_what_does_not_fit_is_one_sentence(exported, tmp_path, workdir, monkeypa
     with pytest.raises(ValueError, match="is for tpu, and JAX runs on cpu"):
         load_exported(only_tpu)
     assert read(only_tpu)[0]["platforms"] == ["tpu"]
+
+
+def test_random_keys_and_a_language_model(tmp_path):
+    layers = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+    model = nnx.Sequential(*layers)
+    export_model(model, jax.ShapeDtypeStruct((1, 4), jnp.float32), tmp_path / "dropout")
+    x = jnp.ones((3, 4))
+    np.testing.assert_allclose(load_exported(tmp_path / "dropout")(x), layers[0](x), atol=1e-6)
+    gpt = GPT2(GPT2Config(vocab_size=11, context=8, width=16, depth=1, heads=2), rngs=nnx.Rngs(0))
+    gpt.blocks[0].mlp.fc1 = layer_of(0, (4, 8), (4, 8), 1, 4)
+    packed, _ = gaudi_jax.harden(gpt, tokens=4096)
+    export_model(packed, jax.ShapeDtypeStruct((1, 8), jnp.int32), tmp_path / "gpt")
+    tokens = jnp.arange(16).reshape(2, 8) % 11
+    gpt.eval()
+    np.testing.assert_allclose(load_exported(tmp_path / "gpt")(tokens), gpt(tokens), atol=1e-5)
+    said = [
+        generate(m, [[1, 2]], max_new_tokens=3, temperature=0, max_length=8) for m in (packed, gpt)
+    ]
+    np.testing.assert_array_equal(*said)
+
+
+class BySize(nnx.Module):
+    def __call__(self, x):
+        return x if x.shape[0] < 4 else 2 * x
+
+
+def test_models_that_cannot_be_exported_are_named(tmp_path):
+    example = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+    with pytest.raises(UserError, match="BySize does not take a batch of any size"):
+        export_model(BySize(), example, tmp_path / "file")
+    pair = nnx.Sequential(lambda x: (x, x))
+    with pytest.raises(UserError, match="gives 2 arrays"):
+        export_model(pair, example, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
 
 
 def test_exporting_mistakes_are_one_sentence(workdir, exported, tmp_path, monkeypatch, capsys):

@@ -39,10 +39,19 @@ def layer_of(seed, cells, cell, rank, blocks, *, bias=True, **places):
     return layer
 
 
+def gaudi_of(size):
+    return GaudiLinear(size, size, rngs=nnx.Rngs(0))
+
+
+class Doubled(GaudiLinear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 def assert_same_function(packed, layer):
     x = np.random.default_rng(1).normal(size=(2, 3, layer.in_features)).astype(np.float32)
     expected = layer(x)
-    np.testing.assert_allclose(packed(x), expected, atol=1e-5 * max(1.0, np.linalg.norm(expected)))
+    np.testing.assert_allclose(packed(x), expected, atol=1e-5 * max(1.0, np.abs(expected).max()))
 
 
 @settings(max_examples=10, deadline=None)
@@ -166,8 +175,12 @@ def test_bfloat16_and_jit():
         (lambda: gaudi_jax.harden(layer_of(0, (4, 4), (1, 1), 1, 2), tokens=0), "tokens=0"),
         (lambda: gaudi_jax.harden(layer_of(0, (4, 4), (1, 1), 1, 2), backend="abacus"), "'abacus'"),
         (lambda: PackedLinear(4, 4, Layout((Read(4, 1, 1),), ())), "outside the 4 input"),
+        (lambda: PackedLinear(4, 4, Layout((Read(0, 1, 0),), ())), "has no columns"),
+        (lambda: gaudi_jax.harden(layer_of(0, (4, 4), (1, 1), 1, 2), tokens="8"), "tokens='8'"),
+        (lambda: gaudi_jax.harden(nnx.eval_shape(lambda: gaudi_of(4))), "has no values"),
+        (lambda: gaudi_jax.harden(Doubled(4, 4, rngs=nnx.Rngs(0))), "holds no GaudiLinear that"),
         (lambda: PackedLinear(4, 4, Layout((), (Write(1, 3, ()),))), "does not follow"),
-        (lambda: PackedLinear(4, 4, Layout((), (Write(0, 4, ((0, 1),)),))), "columns outside"),
+        (lambda: PackedLinear(4, 4, Layout((), (Write(0, 4, ((0, 1),)),))), "none outside the 0"),
         (lambda: PackedLinear(4, 4, Layout((), (Write(0, 3, ()),))), "end at 3"),
         (lambda: Layout.from_lists({"reads": [[1]]}), "layout of a packed layer is damaged"),
         (lambda: pack(layer_of(0, (4, 4), (1, 1), 1, 2), FREE, 1).set_kernel(None), "keeps its"),

@@ -106,7 +106,7 @@ def _pack(model: nnx.Module, plan: Mapping[str, Any]) -> None:
     found, left = find_gaudi(model)
     _check_model(plan, found, left)
     for path, entry in plan["layers"].items():
-        layer, layout = found[path], entry.get("layout")
+        layer, layout = found[path], _layout(path, entry)
         empty = functools.partial(
             PackedLinear,
             layer.in_features,
@@ -118,6 +118,14 @@ def _pack(model: nnx.Module, plan: Mapping[str, Any]) -> None:
         )
         abstract = isinstance(layer.v.get_value(), jax.ShapeDtypeStruct)
         become(layer, nnx.eval_shape(empty) if abstract else empty())
+
+
+def _layout(path: str, entry: Mapping[str, Any]) -> Any:
+    if "layout" not in entry:
+        raise UserError(
+            f"layer {path!r} of the plan lacks its layout; give that of gaudi_jax.harden"
+        )
+    return entry["layout"]
 
 
 def plan_table(plan: Mapping[str, Any]) -> str:
@@ -211,7 +219,8 @@ def _check_model(plan: Mapping[str, Any], dense: Mapping[str, Any], left: Mappin
     if problems:
         raise UserError(
             f"the plan is for another model: {len(problems)} layers differ "
-            f"({'; '.join(problems[:3])}); give a model like the one that was compressed"
+            f"({'; '.join(problems[:3])}); give a model like the one that was compressed, or, for "
+            "packed layers, like the one with Gaudi layers that was packed"
         )
 
 

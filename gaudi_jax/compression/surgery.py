@@ -84,8 +84,12 @@ def find_gaudi(model: nnx.Module) -> tuple[dict[str, GaudiLinear], dict[str, str
     found = {
         _name(path): node for path, node in nnx.iter_graph(model) if isinstance(node, GaudiLinear)
     }
-    stacked = {path: "it is stacked" for path, layer in found.items() if layer.v.ndim != 3}
-    return {path: layer for path, layer in found.items() if path not in stacked}, stacked
+    left = {
+        path: "it is stacked" if type(layer) is GaudiLinear else "a subclass may do anything"
+        for path, layer in found.items()
+        if layer.v.ndim != 3 or type(layer) is not GaudiLinear
+    }
+    return {path: layer for path, layer in found.items() if path not in left}, left
 
 
 def features(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

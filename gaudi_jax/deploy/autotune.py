@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import math
+import os
+import platform
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from gaudi_jax.deploy.layout import Compiled
 from gaudi_jax.deploy.machine import Machine
@@ -62,8 +66,10 @@ def _choices(packer: Packer, machine: Machine, tokens: int) -> list[Compiled]:
 def _digest(packer: Packer, choices: list[Compiled], tokens: int) -> str:
     layer = packer.layer
     what = [
-        [layer.in_features, layer.out_features, tokens, packer.dtype.name],
-        [jax.devices()[0].device_kind, jax.__version__],
+        [layer.in_features, layer.out_features, tokens],
+        [packer.dtype.name, jnp.dtype(layer.param_dtype).name],
+        # All CPUs are of one kind to JAX.
+        [jax.devices()[0].device_kind, platform.node(), os.cpu_count(), jax.__version__],
         [choice.layout and choice.layout.to_lists() for choice in choices],
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
@@ -75,7 +81,8 @@ def _read(file: Path, count: int) -> list[float] | None:
         seconds = [float(value) for value in json.loads(file.read_text())["seconds"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return seconds if len(seconds) == count else None
+    complete = len(seconds) == count and all(0 < value < math.inf for value in seconds)
+    return seconds if complete else None
 
 
 def _measure(packer: Packer, choices: list[Compiled], tokens: int) -> list[float]:

@@ -1,5 +1,6 @@
 """Hardening: trained Gaudi layers become packed ones, which hold nothing but their blocks."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gaudi_jax.deploy.machine import MACHINES
 from gaudi_jax.deploy.pack import pack
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import PackedLinear
+from gaudi_jax.training.step import set_sigma
 
 
 def harden(
@@ -25,7 +27,7 @@ def harden(
     autotune: bool = False,
     cache_dir: str | Path = CACHE_DIR,
 ) -> Compressed:
-    """Packs every Gaudi layer of a trained model: it computes the same, faster.
+    """Packs the Gaudi layers of a trained model: it computes the same, faster.
 
     The result computes what the model computes in evaluation with exact boxcars (sigma = inf).
     Masks and dead blocks are gone; which matrix products are made, and whether blocks are used at
@@ -33,6 +35,7 @@ def harden(
 
     Args:
         model: any NNX module that holds `GaudiLinear`s, or one of them; it is left as it was.
+            Stacked layers and subclasses stay what they are; the plan names them.
         tokens: input vectors that the layers will get at once, such as batch times sequence.
         backend: "cpu", "gpu" or "tpu"; None for the one in use.
         autotune: measure some layouts of each layer on this machine, and take the fastest. What was
@@ -43,8 +46,8 @@ def harden(
         The packed model in evaluation mode, and its plan, as `gaudi_jax.compress` returns them.
 
     Raises:
-        UserError: the model holds no Gaudi layer, or only stacked ones; an option is out of range;
-            the backend is not the one in use, and cannot be measured.
+        UserError: the model holds no Gaudi layer that can be packed, or no values; an option is out
+            of range; the backend is not the one in use, and cannot be measured.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,8 +67,8 @@ def harden(
             f"backend={backend!r} cannot be measured on {jax.default_backend()!r}; leave out "
             "autotune, or run there"
         )
-    if tokens < 1:
-        raise UserError(f"tokens={tokens} must be at least 1")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise UserError(f"tokens={tokens!r} must be a whole number, at least 1")
     result = nnx.clone(model)
     layers, left = find_gaudi(result)
     if not layers:
@@ -73,6 +76,11 @@ def harden(
             f"the model ({type(model).__name__}) holds no GaudiLinear that can be packed; train "
             "one, or compress a dense model first"
         )
+    for path, layer in layers.items():
+        value = layer.v.get_value()
+        if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
+            raise UserError(f"layer {path!r} has no values; give a trained model, outside jax.jit")
+    set_sigma(result, math.inf)  # for layers that are left
     entries = {}
     for path, layer in layers.items():
         if autotune:
@@ -86,7 +94,7 @@ def harden(
 
 
 def tokens_of(model: nnx.Module, example: jax.ShapeDtypeStruct, batch: int) -> int:
-    """Input vectors that the most used layer of a model gets at once.
+    """Input vectors that the most used layer of a model gets from a batch.
 
     Args:
         model: the model.

@@ -59,6 +59,8 @@ def export(arguments: argparse.Namespace) -> None:
     """Writes the file, checks it against the model, and prints what it takes."""
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} must be at least 1")
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out} exists; remove it or give another file")
     config = ConfigDict(read_config(arguments.workdir))
     model, step = load_with_step(arguments.workdir, arguments.step)
     task = open_task(config)
@@ -72,10 +74,14 @@ def export(arguments: argparse.Namespace) -> None:
         platforms=arguments.platforms,
         card=_card(model, task, step),
     )
+    try:
+        _check(model, task, arguments)
+    except UserError:
+        arguments.out.unlink()
+        raise
     print(f"wrote {arguments.out}: {arguments.out.stat().st_size / MEBI:.2f} MiB")
     print(f"reads {header['input_shape']} of {header['input_dtype']}", end=", ")
     print(f"gives {header['output_shape']} of {header['output_dtype']}")
-    _check(model, task, arguments)
 
 
 def _card(model: nnx.Module, task: Task, step: int) -> dict[str, Any]:
@@ -98,14 +104,12 @@ def _check(model: nnx.Module, task: Task, arguments: argparse.Namespace) -> None
         print(f"not checked: the file is not for {jax.default_backend()}")
         return
     wanted = running().astype(jnp.float32)
-    difference = float(
-        jnp.abs(load_exported(arguments.out)(x).astype(jnp.float32) - wanted).max()
-        / jnp.abs(wanted).max()
-    )
+    error = jnp.abs(load_exported(arguments.out)(x).astype(jnp.float32) - wanted).max()
+    difference = float(error / jnp.maximum(jnp.abs(wanted).max(), 1e-30))
     if not difference <= TOLERANCE[task.config.model.dtype]:
         raise UserError(
-            f"the outputs of {arguments.out} differ from the model's by {difference:.1e}; it is of "
-            "no use"
+            f"the exported outputs differ from the model's by {difference:.1e}, and the file was "
+            "removed; export on another platform"
         )
     print(f"checked on {len(x)} test inputs: outputs differ by {difference:.1e} from the model's")
 

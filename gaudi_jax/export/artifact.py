@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from gaudi_jax.compression.surgery import find_gaudi
-from gaudi_jax.errors import UserError
-from gaudi_jax.export.loader import FORMAT
+from gaudi_jax.errors import UserError, reason
+from gaudi_jax.export.loader import FORMAT, MAGIC
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -41,11 +42,11 @@ def export_model(
         card: plain values that the file names beside the model, such as its quality.
 
     Returns:
-        The first line of the file: formats, sizes, shapes and the card.
+        The description in the file: platforms, shapes, sizes and the card.
 
     Raises:
-        UserError: the file exists or cannot be written, a platform is unknown, or the model holds
-            Gaudi layers.
+        UserError: the file exists or cannot be written, a platform is unknown, the model holds
+            Gaudi layers, does not take a batch of any size, or does not give one array.
 
     Example:
         >>> import pathlib, tempfile
@@ -64,7 +65,7 @@ def export_model(
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown or not platforms:
         raise UserError(f"unknown platforms {unknown}; use some of {', '.join(PLATFORMS)}")
-    if find_gaudi(model)[0]:
+    if any(find_gaudi(model)):
         raise UserError("the model holds GaudiLinears with masks; pack them with gaudi_jax.harden")
     if file.exists():
         raise UserError(f"{file} exists; remove it or give another file")
@@ -73,23 +74,28 @@ def export_model(
     graphdef, state = nnx.split(view)
     leaves, treedef = jax.tree.flatten(state)
 
+    arrays = [np.ascontiguousarray(jax.device_get(_plain(leaf))) for leaf in leaves]
+
     def apply(weights: list[Any], inputs: Any) -> Any:
-        return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))(inputs)
+        state = jax.tree.unflatten(treedef, map(_like, weights, leaves))
+        return nnx.merge(graphdef, state)(inputs)
 
     batch = jax.export.symbolic_shape("b")
     inputs = jax.ShapeDtypeStruct((*batch, *example.shape[1:]), example.dtype)
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    exported = jax.export.export(jax.jit(apply), platforms=tuple(platforms))(shapes, inputs)
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+    try:
+        exported = jax.export.export(jax.jit(apply), platforms=tuple(platforms))(shapes, inputs)
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise UserError(
+            f"{type(model).__name__} does not take a batch of any size ({reason(error)}); it must "
+            "not choose by the number of inputs"
+        ) from error
+    if len(exported.out_avals) != 1:
+        count = len(exported.out_avals)
+        raise UserError(f"{type(model).__name__} gives {count} arrays; export one that gives one")
     (output,) = exported.out_avals
     program = exported.serialize()
-    arrays = [np.ascontiguousarray(jax.device_get(leaf)) for leaf in leaves]
-    parts = [bytes(program), *(array.tobytes() for array in arrays)]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
     header = {
-        "gaudi_jax_export": FORMAT,
-        "sha256": digest.hexdigest(),
         "jax": jax.__version__,
         "platforms": list(exported.platforms),
         **_described("input", inputs),
@@ -98,8 +104,24 @@ def export_model(
         "program_bytes": len(program),
         "weights": [[list(array.shape), array.dtype.name] for array in arrays],
     }
-    _write(file, [json.dumps(header).encode() + b"\n", *parts])
+    parts = [json.dumps(header).encode() + b"\n", bytes(program), *(a.tobytes() for a in arrays)]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    _write(file, [f"{MAGIC} {FORMAT} {digest.hexdigest()}\n".encode(), *parts])
     return header
+
+
+def _plain(leaf: Any) -> Any:
+    """Random keys, such as dropout's, as numbers."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _like(array: Any, leaf: Any) -> Any:
+    """From numbers back to a key, where a leaf of the model is one."""
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return array
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
 
 
 def _described(name: str, value: Any) -> dict[str, Any]:

@@ -7,8 +7,9 @@ Copy it to where the model is used; gaudi_jax is not needed there:
 
 or in Python: ``run = load_exported(FILE)``, then ``outputs = run(inputs)``.
 
-The file holds a line of JSON, the program in StableHLO (`jax.export`), and the arrays that it
-takes, one after another. The line names the format, the sizes and the SHA-256 of all that follows.
+The file begins with a line that names its format and the SHA-256 of all that follows: a line of
+JSON that describes the model, the program in StableHLO (`jax.export`), and the arrays that it
+takes, one after another.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ import jax
 import jax.export
 import numpy as np
 
-FORMAT = 1
+MAGIC, FORMAT = "gaudi_jax_export", 1
 #: What jax.export calls the backends.
 PLATFORMS = {"gpu": "cuda"}
 
@@ -34,7 +35,7 @@ def load_exported(file: str | Path) -> Callable[[Any], jax.Array]:
         file: written by ``python -m gaudi_jax.export``.
 
     Returns:
-        A function; its attribute ``header`` says what it reads and gives.
+        A function; its attribute ``header`` describes the model.
 
     Raises:
         ValueError: the file is missing, damaged or of another format, or is not for this platform;
@@ -61,12 +62,13 @@ def load_exported(file: str | Path) -> Callable[[Any], jax.Array]:
     _, *sizes = header["input_shape"]
 
     def run(inputs: Any) -> jax.Array:
-        inputs = np.asarray(inputs)
-        same_kind = np.can_cast(inputs.dtype, header["input_dtype"], "same_kind")
-        if list(inputs.shape[1:]) != sizes or not same_kind:
+        inputs = inputs if isinstance(inputs, jax.Array) else np.asarray(inputs)
+        same_kind = np.can_cast(inputs.dtype, jax.numpy.dtype(header["input_dtype"]), "same_kind")
+        if list(inputs.shape[1:]) != sizes or not inputs.shape[0] or not same_kind:
             raise ValueError(
                 f"inputs of shape {inputs.shape} and dtype {inputs.dtype} do not fit; the model "
-                f"reads ({', '.join(map(str, header['input_shape']))}) of {header['input_dtype']}"
+                f"reads ({', '.join(map(str, header['input_shape']))}) of {header['input_dtype']}, "
+                "b at least 1"
             )
         return call(weights, inputs.astype(header["input_dtype"]))
 
@@ -75,25 +77,27 @@ def load_exported(file: str | Path) -> Callable[[Any], jax.Array]:
 
 
 def read(file: str | Path) -> tuple[dict[str, Any], memoryview]:
-    """The line of JSON in a file, and what follows it, after their check.
+    """The description in a file, and the program and arrays that follow it, after their check.
 
     Raises:
         ValueError: the file is missing, damaged or of another format.
     """
     try:
-        line, _, payload = Path(file).read_bytes().partition(b"\n")
+        with Path(file).open("rb") as stream:
+            first = stream.readline(200).decode("ascii", "replace").split()
+            line, content = stream.readline(), stream.read()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    try:
-        header = json.loads(line)
-        found = header["gaudi_jax_export"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is no exported model, or its beginning is damaged") from None
-    if found != FORMAT:
-        raise ValueError(f"{file} has format {found}; this loader reads format {FORMAT}")
-    if hashlib.sha256(payload).hexdigest() != header.get("sha256"):
+    if len(first) != 3 or first[0] != MAGIC:
+        raise ValueError(f"{file} is no exported model, or its beginning is damaged")
+    _, version, digest = first
+    if version != str(FORMAT):
+        raise ValueError(f"{file} has format {version}; this loader reads format {FORMAT}")
+    computed = hashlib.sha256(line)
+    computed.update(content)
+    if computed.hexdigest() != digest:
         raise ValueError(f"{file} is damaged: its SHA-256 differs; copy or export it again")
-    return header, memoryview(payload)
+    return json.loads(line), memoryview(content)
 
 
 def main() -> int:
@@ -108,8 +112,10 @@ def main() -> int:
             print(json.dumps(shown, indent=2))
         else:
             _, file, inputs, outputs = sys.argv
-            np.save(outputs, np.asarray(load_exported(file)(np.load(inputs)), np.float32))
-    except (ValueError, OSError) as error:
+            result = load_exported(file)(np.load(inputs))
+            wide = result.dtype == jax.numpy.bfloat16  # which NumPy's files do not know
+            np.save(outputs, np.asarray(result, np.float32 if wide else result.dtype))
+    except (ValueError, OSError, EOFError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -213,7 +213,11 @@ class PackedLinear(StructuredLinear):
             for write, u in zip(writes, self.u, strict=True)
         ]
         y = jnp.concatenate(outputs, axis=-1)
-        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
+        if out_sharding is None:
+            return y
+        if jax.typeof(y).sharding.mesh.explicit_axes:
+            return jax.sharding.reshard(y, out_sharding)
+        return jax.lax.with_sharding_constraint(y, out_sharding)
 
 
 def _window(read: Read, size: int) -> Ranges:
@@ -234,6 +238,8 @@ def _parts(x: Float[Array, "*batch n"], ranges: Ranges) -> Float[Array, "*batch 
 
 def _check(layout: Layout, in_features: int, out_features: int) -> None:
     for read in layout.reads:
+        if read.columns < 1:
+            raise UserError(f"{read} has no columns")
         if not (0 <= read.start < in_features and 1 <= read.length <= in_features):
             raise UserError(f"{read} lies outside the {in_features} input features")
     columns = sum(read.columns for read in layout.reads)
@@ -241,8 +247,12 @@ def _check(layout: Layout, in_features: int, out_features: int) -> None:
     for write in layout.writes:
         if write.start != place or write.length < 1:
             raise UserError(f"{write} does not follow on the run that ends at {place}")
-        if any(not 0 <= first < last <= columns for first, last in write.columns):
-            raise UserError(f"{write} reads columns outside the {columns} that there are")
+        edges = [edge for columns_ in write.columns for edge in columns_]
+        rising = all(first < last for first, last in write.columns) and edges == sorted(edges)
+        if not rising or (edges and not 0 <= edges[0] < edges[-1] <= columns):
+            raise UserError(
+                f"{write} must read rising ranges of columns, none outside the {columns} there are"
+            )
         place += write.length
     if place != out_features:
         raise UserError(f"the runs end at {place}, not at the {out_features} output features")

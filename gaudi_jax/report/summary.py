@@ -20,7 +20,7 @@ from gaudi_jax.report.curves import plot_curves
 from gaudi_jax.report.masks import plot_masks
 from gaudi_jax.report.tables import summary_table
 from gaudi_jax.training.evaluate import evaluate_model
-from gaudi_jax.training.load import load_with_step
+from gaudi_jax.training.load import PACKED, load_with_step
 from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
@@ -34,7 +34,7 @@ def write_report(
     """Evaluates the model of a run on the test split and writes its report.
 
     Writes ``summary.json``, the same as a table in ``summary.txt``, ``masks.png`` (for models with
-    Gaudi layers) and ``curves.png``.
+    Gaudi layers) and ``curves.png``; of a packed model only ``summary-packed.json`` and ``.txt``.
 
     Args:
         workdir: directory of the run.
@@ -45,7 +45,7 @@ def write_report(
             says (``data.stride``).
 
     Returns:
-        The content of ``summary.json``.
+        The content of the JSON file.
 
     Raises:
         UserError: the workdir holds no run or no such checkpoint, its data are gone or have
@@ -65,25 +65,19 @@ def write_report(
     choice = config.evaluate_checkpoint if step is None else step
     model, steps = load_with_step(workdir, None if choice == "last" else choice)
     task = open_task(config)
-    soft = evaluate_model(model, task, "test")
-    # Where no mask is soft, hard masks are the same ones.
-    hard = evaluate_model(model, task, "test", sigma=math.inf) if _soft(model) else soft
-    packed = _packed(model, task)
+    packed = choice == PACKED
+    results = _test_results(model, task, "packed") if packed else _all_test_results(model, task)
     validation = evaluate_model(model, task, "validation")
     costs = cost(model, task.example)
     summary = {
         "data": config.data.name,
         "seed": config.seed,
         "steps": steps,
-        **{f"test_{name}_soft": value for name, value in soft.items()},
-        **{f"test_{name}_hard": value for name, value in hard.items()},
-        **packed,
+        **results,
         **{f"validation_{name}": value for name, value in validation.items()},
-        # What a language model is judged by, under its short name too.
-        **{name: value for name, value in hard.items() if name == "perplexity"},
         **_before_and_after_compression(rows),
         **task.remarks(model),
-        "relative_multiplications": costs.relative,
+        f"{'packed_' * packed}relative_multiplications": costs.relative,
         "total_relative_multiplications": costs.total_relative,
         "multiplications": costs.multiplications,
         "dense_multiplications": costs.dense_multiplications,
@@ -95,8 +89,11 @@ def write_report(
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     text = json.dumps(summary, indent=2, allow_nan=False)
-    (workdir / "summary.json").write_text(text + "\n", encoding="utf-8")
-    (workdir / "summary.txt").write_text(summary_table(summary) + "\n", encoding="utf-8")
+    stem = workdir / ("summary-packed" if packed else "summary")
+    stem.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    stem.with_suffix(".txt").write_text(summary_table(summary) + "\n", encoding="utf-8")
+    if packed:  # the curves are those of the run, and there are no masks
+        return summary
     plot_curves(
         rows,
         workdir / "curves.png",
@@ -109,16 +106,30 @@ def write_report(
     return summary
 
 
-def _packed(model: nnx.Module, task: Task) -> dict[str, float]:
-    """Test results and cost of the packed form; of a model without Gaudi layers nothing."""
-    if not find_gaudi(model)[0]:
-        return {}
-    packed = harden(model, tokens=tokens_of(model, task.example, task.config.data.batch_size)).model
-    results = evaluate_model(packed, task, "test")
-    return {
-        **{f"test_{name}_packed": value for name, value in results.items()},
-        "packed_relative_multiplications": cost(packed, task.example).relative,
-    }
+def _all_test_results(model: nnx.Module, task: Task) -> dict[str, float]:
+    """Test results with soft, with hard and, of Gaudi layers, with packed blocks."""
+    soft = _test_results(model, task, "soft")
+    if _soft(model):
+        hard = _test_results(model, task, "hard", sigma=math.inf)
+    else:  # the same masks
+        hard = {f"{name.removesuffix('_soft')}_hard": value for name, value in soft.items()}
+    results = soft | hard
+    # What a language model is judged by, under its short name too.
+    if "test_perplexity_hard" in results:
+        results["perplexity"] = results["test_perplexity_hard"]
+    if find_gaudi(model)[0]:
+        tokens = tokens_of(model, task.example, task.config.data.batch_size)
+        packed = harden(model, tokens=tokens).model
+        results |= _test_results(packed, task, "packed")
+        results["packed_relative_multiplications"] = cost(packed, task.example).relative
+    return results
+
+
+def _test_results(
+    model: nnx.Module, task: Task, form: str, sigma: float | None = None
+) -> dict[str, float]:
+    results = evaluate_model(model, task, "test", sigma=sigma)
+    return {f"test_{name}_{form}": value for name, value in results.items()}
 
 
 def _before_and_after_compression(rows: list[dict[str, Any]]) -> dict[str, float]:

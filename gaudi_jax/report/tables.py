@@ -82,7 +82,7 @@ def _compression(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _text_results(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Of a language model; its rows are told by the perplexity, which image models lack."""
-    if "test_perplexity_hard" not in summary:
+    if "validation_perplexity" not in summary:
         return []
     rows = [
         ("Test, soft masks", "test_{}_soft"),

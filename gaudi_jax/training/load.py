@@ -89,9 +89,13 @@ def _load_packed(workdir: Path) -> tuple[nnx.Module, int]:
         raise UserError(
             f"{workdir} holds no packed model; make it with python -m gaudi_jax.deploy {workdir}"
         )
-    step = read_plan(directory / PLAN_FILE).get("step")
+    if not (directory / PLAN_FILE).exists():
+        raise UserError(f"{directory} is incomplete; remove it and pack the run again")
+    plan = read_plan(directory / PLAN_FILE)
+    check_format(plan)
+    step = plan.get("step")
     if not isinstance(step, int):
-        raise UserError(f"the plan in {directory} names no step of the run; pack the run again")
+        raise UserError(f"the plan in {directory} names no step; remove it and pack the run again")
     return load(directory, into=abstract_model(config, phase_of(config, step), workdir)), step
 
 

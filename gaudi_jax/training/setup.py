@@ -73,6 +73,11 @@ def check_options(config: ConfigDict) -> None:
         raise UserError(
             f"unknown evaluate_checkpoint {config.evaluate_checkpoint!r}; use last, best or packed"
         )
+    if config.evaluate_checkpoint == "packed" and not config.evaluate_only:
+        raise UserError(
+            "evaluate_checkpoint='packed' is made of a finished run by python -m gaudi_jax.deploy; "
+            "add evaluate_only=True, or use last or best"
+        )
 
 
 def _check_numbers(section: ConfigDict, prefix: str = "") -> None:
