@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from gaudi_jax.errors import UserError
+from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.report import summary_table, write_report
 from gaudi_jax.training.loop import train
 from gaudi_jax.training.workdir import check_workdir
@@ -29,23 +29,23 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_vit_gaudi.py"
 
 
 def main(argv: list[str]) -> int:
-    """Runs the config; a user's mistake is printed in one sentence, without a traceback."""
-    try:
-        config, workdir = parse_command_line(argv)
-        absl.logging.use_absl_handler()
-        absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
-        absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one speaks up
-        logging.getLogger("gaudi_jax").setLevel(logging.INFO)
-        use_compilation_cache(config.compilation_cache)
-        if config.evaluate_only:
-            check_workdir(workdir, config.to_dict())
-        if config.evaluate_only or train(config, workdir):
-            print(summary_table(write_report(workdir, config.evaluate_checkpoint)))
-            print(f"\nsummary, masks and curves: {workdir}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Runs the config of a command line; returns the exit status."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: list[str]) -> None:
+    """Trains, continues or evaluates, and prints the report of a finished run."""
+    config, workdir = parse_command_line(argv)
+    absl.logging.use_absl_handler()
+    absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one speaks up
+    logging.getLogger("gaudi_jax").setLevel(logging.INFO)
+    use_compilation_cache(config.compilation_cache)
+    if config.evaluate_only:
+        check_workdir(workdir, config.to_dict())
+    if config.evaluate_only or train(config, workdir):
+        print(summary_table(write_report(workdir, config.evaluate_checkpoint)))
+        print(f"\nsummary, masks and curves: {workdir}")
 
 
 def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:

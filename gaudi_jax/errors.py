@@ -1,4 +1,7 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and how commands tell of it."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -14,6 +17,25 @@ class UserError(ValueError):
         ...
         gaudi_jax.errors.UserError: width target 2.0 is outside (0, 1]; give a fraction such as 0.3
     """
+
+
+def exit_status(command: Callable[[], object]) -> int:
+    """Runs a command; a user's mistake is printed in one sentence on stderr, without a traceback.
+
+    Returns:
+        0, or 1 after a mistake.
+
+    Example:
+        >>> from gaudi_jax.errors import exit_status
+        >>> exit_status(lambda: None)
+        0
+    """
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def reason(error: Exception) -> str:

@@ -18,8 +18,8 @@ from gaudi_jax.cost import cost
 from gaudi_jax.deploy.harden import harden, tokens_of
 from gaudi_jax.deploy.machine import MACHINES
 from gaudi_jax.deploy.timing import Running, interleaved_medians
-from gaudi_jax.errors import UserError
-from gaudi_jax.training.load import PACKED, load_with_step, save
+from gaudi_jax.errors import UserError, exit_status
+from gaudi_jax.training.load import PACKED, as_step, load_with_step, save
 from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("workdir", type=Path, help="directory of a run with Gaudi layers")
     parser.add_argument(
         "--step",
-        type=lambda text: int(text) if text.isdigit() else text,
+        type=as_step,
         help="step of the checkpoint, or best; by default the newest",
     )
     parser.add_argument("--batch", type=int, default=8, help="inputs at once (default 8)")
@@ -40,12 +40,7 @@ def main() -> int:
     parser.add_argument("--autotune", action="store_true", help="measure layouts, take the fastest")
     parser.add_argument("--repeats", type=int, default=9, help="times of which the median counts")
     arguments = parser.parse_args()
-    try:
-        deploy(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: deploy(arguments))
 
 
 def deploy(arguments: argparse.Namespace) -> None:

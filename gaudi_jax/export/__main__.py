@@ -19,10 +19,10 @@ from gaudi_jax.cost import cost
 from gaudi_jax.deploy.harden import harden, tokens_of
 from gaudi_jax.deploy.machine import MACHINES
 from gaudi_jax.deploy.timing import Running
-from gaudi_jax.errors import UserError
+from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.export.artifact import PLATFORMS, export_model
 from gaudi_jax.export.loader import load_exported
-from gaudi_jax.training.load import load_with_step
+from gaudi_jax.training.load import as_step, load_with_step
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="file that is written")
     parser.add_argument(
         "--step",
-        type=lambda text: int(text) if text.isdigit() else text,
+        type=as_step,
         help="step of the checkpoint, best or packed; by default the newest",
     )
     parser.add_argument("--batch", type=int, default=8, help="inputs at once (default 8)")
@@ -47,12 +47,7 @@ def main() -> int:
         "--platforms", nargs="+", default=PLATFORMS, help=f"some of {', '.join(PLATFORMS)}"
     )
     arguments = parser.parse_args()
-    try:
-        export(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: export(arguments))
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -3,8 +3,9 @@
 import argparse
 import sys
 
-from gaudi_jax.errors import UserError
+from gaudi_jax.errors import exit_status
 from gaudi_jax.report import summary_table, write_report
+from gaudi_jax.training.load import as_step
 
 
 def main() -> int:
@@ -13,21 +14,19 @@ def main() -> int:
     parser.add_argument("workdir", help="directory of a run")
     parser.add_argument(
         "--step",
-        type=lambda text: int(text) if text.isdigit() else text,
-        help="step of the checkpoint, best or last; by default what the run's config says",
+        type=as_step,
+        help="step of the checkpoint, best, packed or last; by default what the run's config says",
     )
     parser.add_argument(
         "--stride", type=int, help="tokens between evaluation windows of a text, for sliding ones"
     )
     arguments = parser.parse_args()
-    try:
-        print(
-            summary_table(write_report(arguments.workdir, arguments.step, stride=arguments.stride))
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    def report() -> None:
+        summary = write_report(arguments.workdir, arguments.step, stride=arguments.stride)
+        print(summary_table(summary))
+
+    return exit_status(report)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,17 @@ def load(
     return load_with_step(workdir, step, into=into)[0]
 
 
+def as_step(text: str) -> int | str:
+    """A checkpoint as commands take it: a number, or a word such as "best".
+
+    Example:
+        >>> from gaudi_jax.training.load import as_step
+        >>> as_step("250"), as_step("best")
+        (250, 'best')
+    """
+    return int(text) if text.isdigit() else text
+
+
 def load_with_step(
     workdir: str | Path, step: int | str | None = None, *, into: nnx.Module | None = None
 ) -> tuple[nnx.Module, int]:
