@@ -87,8 +87,11 @@ def base_config() -> ConfigDict:
             "mean": (0.5,),  # of pixels in [0, 1]; one number for all channels, or one each
             "std": (0.5,),
             "crop_padding": 0,  # pixels of zeros around the image before a random crop
+            "least_area": 0.0,  # smallest share of a random resized crop in its place; 0 for none
             "crop_fraction": 1.0,  # evaluation: share of the resized image that the crop keeps
             "flip": False,
+            "rand_augment": 0.0,  # magnitude of random operations, up to 10; 0 for none
+            "random_erasing": 0.0,  # chance that a box of an image is filled with noise
             "label_smoothing": 0.0,
             "mixup": 0.0,
             "cutmix": 0.0,

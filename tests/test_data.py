@@ -203,6 +203,20 @@ def test_augmentation_differs_between_epochs():
     assert epochs[0] != epochs[1]
 
 
+def test_strong_augmentation_is_resumable_and_keeps_labels(folder):
+    source = load_images(f"folder:{folder}", validation_fraction=0.5).train
+    options = {"batch_size": 4, "image_size": 16, "seed": 0, "least_area": 0.08, "magnitude": 9.0}
+    first, again = (train_batches(source, flip=True, **options) for _ in range(2))
+    next(first)
+    state = first.get_state()
+    wanted = [next(first) for _ in range(3)]
+    again.set_state(state)
+    for one, two in zip(wanted, (next(again) for _ in range(3)), strict=True):
+        np.testing.assert_array_equal(one["image"], two["image"])
+        np.testing.assert_array_equal(one["label"], two["label"])
+    assert wanted[0]["image"].shape == (4, 16, 16, 3)
+
+
 def test_evaluation_sees_every_image_once_in_order():
     source = load_images("digits").test
     batches = list(evaluation_batches(source, batch_size=64, image_size=8))
@@ -227,6 +241,13 @@ def test_bad_pipeline_options_are_named():
         train_batches(source, batch_size=201, image_size=8, seed=0)
     with pytest.raises(UserError, match="crop_padding=-1"):
         train_batches(source, batch_size=2, image_size=8, seed=0, crop_padding=-1)
+    for options, message in (
+        ({"least_area": 1.5}, r"least_area=1.5 is outside \[0, 1\]"),
+        ({"least_area": 0.5, "crop_padding": 1}, "crop_padding=1 has no effect beside"),
+        ({"magnitude": 11}, r"rand_augment=11 is outside \[0, 10\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_batches(source, batch_size=2, image_size=8, seed=0, **options)
     with pytest.raises(UserError, match="crop_fraction=0"):
         next(evaluation_batches(source, batch_size=2, image_size=8, crop_fraction=0))
 

@@ -1,10 +1,17 @@
 """Augmentation: geometry on the host, one image at a time; mixing on the device, by batches."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
+
+#: Width over height of random parts of an image, and how often a part is drawn that does not fit.
+PROPORTIONS, ATTEMPTS = (3 / 4, 4 / 3), 10
+#: Share of the image's area, and height over width, of the box that random erasing fills.
+ERASED_AREA, ERASED_PROPORTIONS = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 # ---- on the host: numpy arrays, uint8 (H, W, C) ----
 
@@ -65,6 +72,51 @@ def random_crop(
     top = rng.integers(padded.shape[0] - size + 1)
     left = rng.integers(padded.shape[1] - size + 1)
     return padded[top : top + size, left : left + size]
+
+
+def random_resized_crop(
+    image: UInt8[np.ndarray, "H W C"], size: int, least_area: float, rng: np.random.Generator
+) -> UInt8[np.ndarray, "size size C"]:
+    """A random part of an image, of random area and proportions, resized to a square (bicubic).
+
+    The area is uniform between a share of the image's and all of it, the proportions log-uniform
+    between 3:4 and 4:3 (arXiv:1409.4842). Where ten draws do not fit, the largest central part
+    within these proportions is taken.
+
+    Args:
+        image: the image.
+        size: side of the result in pixels.
+        least_area: the smallest share, in (0, 1].
+        rng: source of all choices.
+
+    Example:
+        >>> import numpy as np
+        >>> from gaudi_jax.data.augment import random_resized_crop
+        >>> image = np.zeros((40, 60, 3), np.uint8)
+        >>> random_resized_crop(image, 32, 0.08, np.random.default_rng(0)).shape
+        (32, 32, 3)
+    """
+    top, left, height, width = _random_part(image.shape[0], image.shape[1], least_area, rng)
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    part = (left, top, left + width, top + height)
+    resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=part)
+    return np.atleast_3d(np.asarray(resized))
+
+
+def _random_part(
+    height: int, width: int, least_area: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a part of an image."""
+    least, greatest = PROPORTIONS
+    for _ in range(ATTEMPTS):
+        area = height * width * rng.uniform(least_area, 1)
+        proportion = np.exp(rng.uniform(np.log(least), np.log(greatest)))
+        h, w = round(np.sqrt(area / proportion)), round(np.sqrt(area * proportion))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    h = min(height, round(width / least))
+    w = min(width, round(height * greatest))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 # ---- on the device: batches, traceable ----
@@ -146,6 +198,53 @@ def cutmix(
     kept = 1 - box.mean()
     images = jnp.where(box[None, :, :, None], images[::-1], images)
     return images, kept * targets + (1 - kept) * targets[::-1]
+
+
+def erase(
+    key: Array, images: Float[Array, "B H W C"], probability: float
+) -> Float[Array, "B H W C"]:
+    """Fills a random box of some images with noise (random erasing, arXiv:1708.04896).
+
+    The box covers 2 % to 33 % of the image, its proportions are log-uniform; every pixel of it is
+    drawn from the standard normal distribution, so images must be normalised.
+
+    Args:
+        key: random key.
+        images: normalised images.
+        probability: chance that an image gets a box.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gaudi_jax.data.augment import erase
+        >>> erased = erase(jax.random.key(0), jnp.ones((2, 8, 8, 1)), probability=1.0)
+        >>> bool((erased != 1).any(axis=(1, 2, 3)).all())
+        True
+    """
+    count, height, width, _ = images.shape
+    keys = jax.random.split(key, 5)
+
+    def draw(key: Array, bounds: tuple[float, float]) -> Array:
+        return jax.random.uniform(key, (count, ATTEMPTS), minval=bounds[0], maxval=bounds[1])
+
+    area = height * width * draw(keys[0], ERASED_AREA)
+    least, greatest = ERASED_PROPORTIONS
+    proportion = jnp.exp(draw(keys[1], (math.log(least), math.log(greatest))))
+    sides = jnp.round(jnp.sqrt(jnp.stack([area * proportion, area / proportion])))
+    limits = jnp.array([height, width])[:, None]
+    fits = ((sides < limits[..., None]) & (sides >= 1)).all(axis=0)
+    first = jnp.argmax(fits, axis=1)
+    side = jnp.take_along_axis(sides, first[None, :, None], axis=2)[..., 0]
+    start = jnp.floor(jax.random.uniform(keys[2], (2, count)) * (limits - side + 1))
+    chosen = fits.any(axis=1) & (jax.random.uniform(keys[3], (count,)) < probability)
+
+    def inside(axis: int, size: int) -> Array:
+        places = jnp.arange(size)
+        low = start[axis, :, None]
+        return (places >= low) & (places < low + side[axis, :, None])
+
+    box = inside(0, height)[:, :, None] & inside(1, width)[:, None, :]
+    noise = jax.random.normal(keys[4], images.shape, images.dtype)
+    return jnp.where((box & chosen[:, None, None])[..., None], noise, images)
 
 
 def mix(

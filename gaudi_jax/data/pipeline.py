@@ -7,8 +7,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from gaudi_jax.data.augment import random_crop, resize, resize_and_crop
+from gaudi_jax.data.augment import random_crop, random_resized_crop, resize, resize_and_crop
 from gaudi_jax.data.images import Example, ImageSource
+from gaudi_jax.data.rand_augment import GREATEST, rand_augment
 from gaudi_jax.errors import UserError
 
 #: Small images are made faster than threads hand them over; workers are there for large ones.
@@ -22,7 +23,9 @@ def train_batches(
     image_size: int,
     seed: int,
     crop_padding: int = 0,
+    least_area: float = 0.0,
     flip: bool = False,
+    magnitude: float = 0.0,
     workers: int = 0,
 ) -> grain.DatasetIterator:
     """An endless iterator over batches, reshuffled and augmented anew in every epoch.
@@ -35,7 +38,10 @@ def train_batches(
         image_size: height and width of the batches' images.
         seed: of order and augmentation.
         crop_padding: zeros around the image before the random crop, in pixels.
+        least_area: smallest share of an image that `random_resized_crop` keeps; 0 for a random crop
+            of the resized image instead.
         flip: mirror half of the images.
+        magnitude: of `rand_augment`, from 0 to 10; 0 for none.
         workers: processes that read and augment; 0 does it in this one.
 
     Returns:
@@ -58,8 +64,25 @@ def train_batches(
         )
     if crop_padding < 0:
         raise UserError(f"data.{crop_padding=} is negative; give 0 or more pixels")
+    if not 0 <= least_area <= 1:
+        raise UserError(
+            f"data.least_area={least_area} is outside [0, 1]; give a share such as 0.08"
+        )
+    if least_area and crop_padding:
+        raise UserError(
+            f"data.{crop_padding=} has no effect beside data.least_area={least_area}; set one to 0"
+        )
+    if not 0 <= magnitude <= GREATEST:
+        raise UserError(f"data.rand_augment={magnitude} is outside [0, {GREATEST:g}]")
     _check_shared_options(batch_size, image_size, workers)
-    augment = partial(_augment, size=image_size, padding=crop_padding, flip=flip)
+    augment = partial(
+        _augment,
+        size=image_size,
+        padding=crop_padding,
+        least_area=least_area,
+        flip=flip,
+        magnitude=magnitude,
+    )
     dataset = (
         grain.MapDataset.source(source)
         .seed(seed)
@@ -139,13 +162,26 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
 
 
 def _augment(
-    example: Example, rng: np.random.Generator, *, size: int, padding: int, flip: bool
+    example: Example,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    padding: int,
+    least_area: float,
+    flip: bool,
+    magnitude: float,
 ) -> Example:
-    image = resize(example["image"], size)
-    if padding or image.shape[:2] != (size, size):
-        image = random_crop(image, size, padding, rng)
+    image = example["image"]
+    if least_area:
+        image = random_resized_crop(image, size, least_area, rng)
+    else:
+        image = resize(image, size)
+        if padding or image.shape[:2] != (size, size):
+            image = random_crop(image, size, padding, rng)
     if flip and rng.random() < 0.5:
-        image = image[:, ::-1]
+        image = np.ascontiguousarray(image[:, ::-1])
+    if magnitude:
+        image = rand_augment(image, magnitude, rng)
     return {"image": image, "label": np.int32(example["label"])}
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from gaudi_jax.data.augment import mix, normalize, smooth_labels
+from gaudi_jax.data.augment import erase, mix, normalize, smooth_labels
 from gaudi_jax.data.images import ImageSplits, load_images
 from gaudi_jax.data.pipeline import evaluation_batches, train_batches
 from gaudi_jax.errors import UserError
@@ -56,7 +56,14 @@ class ImageTask:
         for name in ("mixup", "cutmix"):
             if data[name] < 0:
                 raise UserError(f"data.{name}={data[name]} must not be negative; 0 turns it off")
+        if not 0 <= data.random_erasing <= 1:
+            raise UserError(f"data.random_erasing={data.random_erasing} is no chance in [0, 1]")
         channels = splits.train[0]["image"].shape[-1]
+        if data.rand_augment and channels not in (1, 3):
+            raise UserError(
+                f"data.rand_augment={data.rand_augment} needs images of 1 or 3 channels, not of "
+                f"{channels}; set it to 0"
+            )
         resolved = config.copy_and_resolve_references()
         with resolved.unlocked():
             resolved.model.image_size = data.image_size
@@ -95,7 +102,9 @@ class ImageTask:
             image_size=data.image_size,
             seed=self.config.seed,
             crop_padding=data.crop_padding,
+            least_area=data.least_area,
             flip=data.flip,
+            magnitude=data.rand_augment,
             workers=data.workers,
         )
 
@@ -117,13 +126,17 @@ class ImageTask:
     def loss(
         self, model: Any, batch: Mapping[str, Array], key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """Cross-entropy, with label smoothing, mixup and cutmix as the config says."""
+        """Cross-entropy, with erasing, label smoothing, mixup and cutmix as the config says."""
         data = self.config.data
         mix_key, dropout_key = jax.random.split(key)
+        inputs = self.inputs(batch)
+        if data.random_erasing:
+            mix_key, erase_key = jax.random.split(mix_key)
+            inputs = erase(erase_key, inputs, data.random_erasing)
         targets = smooth_labels(batch["label"], self.splits.num_classes, data.label_smoothing)
         images, targets = mix(
             mix_key,
-            self.inputs(batch),
+            inputs,
             targets,
             mixup_alpha=data.mixup,
             cutmix_alpha=data.cutmix,
