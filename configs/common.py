@@ -159,6 +159,8 @@ def base_config() -> ConfigDict:
             "accumulate": 1,  # micro-batches of a step: less memory, the same step
             "log_every": 20,
             "eval_every": 100,
+            # A step whose gradients are not finite is skipped; after so many in a row a run stops.
+            "max_skipped": 10,
         }
     )
     config.checkpoint = ConfigDict({"every": 200, "keep": 2})

@@ -234,11 +234,35 @@ def test_layers_of_attention_and_mlp_are_chosen_apart():
 
 
 @pytest.mark.parametrize("log_every", [2, 100])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, log_every):
+def test_a_loss_that_stays_undefined_stops_the_run(tmp_path, log_every):
     config = tiny_config()
-    config.train.log_every = log_every  # a checkpoint may come before the next row of metrics
-    config.checkpoint.every = 2
+    config.train.update(log_every=log_every, max_skipped=2)
+    config.checkpoint.every = 2  # a checkpoint may come before the next row of metrics
     config.optimizer.learning_rate = 1e30
-    with pytest.raises(UserError, match=r"the loss is nan at step \d; lower"):
+    with pytest.raises(UserError, match=r"the loss is nan at step \d, and the last \d steps were"):
         loop.train(config, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_step_without_finite_gradients_is_skipped(tmp_path, monkeypatch):
+    put_batch, calls = loop.put_batch, []
+
+    def broken_at_the_third(batch, mesh):
+        calls.append(batch)
+        placed = put_batch(batch, mesh)
+        if len(calls) == 3:
+            placed["image"] = placed["image"].astype(float) * np.nan
+        return placed
+
+    monkeypatch.setattr(loop, "put_batch", broken_at_the_third)
+    config = tiny_config()
+    config.train.log_every = 1
+    config.checkpoint.update(every=1, keep=9)
+    assert loop.train(config, tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if "train_loss" in row]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert np.isnan(rows[2]["train_loss"])
+    assert np.isfinite([row["train_loss"] for row in rows if row["step"] != 3]).all()
+    saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*"))
+    assert saved == [1, 2, 4, 5, 6, 7, 8]
+    write_report(tmp_path)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grain
 import jax
@@ -66,7 +66,8 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
         True when training is complete, False when it was stopped by SIGTERM.
 
     Raises:
-        UserError: the config, the data or the workdir is not usable, or the loss is not finite.
+        UserError: the config, the data or the workdir is not usable, or the loss stays infinite or
+            undefined.
     """
     # ---- data, schedules, optimizer: what can be wrong is found before anything is written ------
     check_options(config)
@@ -185,6 +186,7 @@ class _Run:
     progress: Progress
     stop: "_Stop"
     saved_step: int
+    skipped: int = 0
 
     def make_steps(self, graphdef: nnx.GraphDef, state: TrainState, phase: Phase) -> TrainState:
         """Trains to the end of a phase, or until the run is asked to stop."""
@@ -196,15 +198,18 @@ class _Run:
             state, metrics = step_fn(state, batch)
             ends = step == phase.last
             if step % config.train.log_every == 0 or ends:
-                self._log(step, metrics, (step - first) / (time.perf_counter() - started))
+                speed = (step - first) / (time.perf_counter() - started)
+                self._log(step, state, metrics, speed)
             self.progress.advance(step)
             evaluated = None
             if step % config.train.eval_every == 0 or ends:
                 evaluated = self._evaluate(evaluation_fn, state, step)
             if step % config.checkpoint.every == 0 or ends or self.stop.requested:
                 # A checkpoint of a run that has diverged would push out the good ones.
-                _check_finite(float(metrics["train_loss"]), step, self.workdir)
-                self._save(state, step, evaluated)
+                if math.isfinite(float(metrics["train_loss"])):
+                    self._save(state, step, evaluated)
+                elif ends:
+                    self._diverged(state, metrics, step)
             if self.stop.requested:
                 break
         return state
@@ -233,12 +238,25 @@ class _Run:
         model.eval()
         return step_fn, make_evaluation_step(nnx.graphdef(model), task)
 
-    def _log(self, step: int, metrics: Metrics, steps_per_second: float) -> None:
+    def _log(self, step: int, state: TrainState, metrics: Metrics, steps_per_second: float) -> None:
         row = {name: float(value) for name, value in metrics.items()}
-        _check_finite(row["train_loss"], step, self.workdir)
+        if int(state.opt_state.notfinite_count) >= self.task.config.train.max_skipped:
+            self._diverged(state, metrics, step)
+        row["skipped_steps"] = skipped = int(state.opt_state.total_notfinite)
+        if skipped > self.skipped:
+            log.warning("%d steps had no finite gradients and were skipped", skipped)
+        self.skipped = skipped
         speed = steps_per_second * self.task.units_per_step
         self.rows.write({"step": step, **row, f"{self.task.unit}s_per_second": speed})
         self.progress.show(row)
+
+    def _diverged(self, state: TrainState, metrics: Metrics, step: int) -> NoReturn:
+        skipped = int(state.opt_state.notfinite_count)
+        raise UserError(
+            f"the loss is {float(metrics['train_loss'])} at step {step}, and the last {skipped} "
+            "steps were skipped; lower optimizer.learning_rate or set optimizer.clip_norm "
+            f"(checkpoints in {self.workdir} are kept)"
+        )
 
     def _evaluate(self, evaluation_fn: Any, state: TrainState, step: int) -> dict[str, float]:
         """Results on the validation split."""
@@ -280,11 +298,3 @@ def _settled(config: ConfigDict, step: int) -> bool:
     """Whether the cost has reached its target, so that accuracies can be compared."""
     settles = config.controller.end if config.controller.name == "budget" else 0.0
     return step > phases(config)[-1].first and step >= settles * config.train.steps
-
-
-def _check_finite(loss: float, step: int, workdir: Path) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {step}; lower optimizer.learning_rate or set "
-            f"optimizer.clip_norm (checkpoints in {workdir} are kept)"
-        )

@@ -60,6 +60,7 @@ def check_options(config: ConfigDict) -> None:
         "train.accumulate": config.train.accumulate,
         "train.log_every": config.train.log_every,
         "train.eval_every": config.train.eval_every,
+        "train.max_skipped": config.train.max_skipped,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
     }
@@ -263,7 +264,7 @@ def build_schedules(config: ConfigDict) -> Schedules:
 def build_optimizer(
     config: ConfigDict, model: nnx.Module, schedules: Schedules, *, made: int = 0
 ) -> optax.GradientTransformation:
-    """The optimizer of a config for this model.
+    """The optimizer of a config for this model, which skips gradients that are not finite.
 
     Args:
         config: resolved config.
@@ -276,7 +277,7 @@ def build_optimizer(
     """
     optimizer = config.optimizer
     schedules = Schedules(*(_shifted(schedule, made) for schedule in schedules))
-    return gaudi_adamw(
+    adamw = gaudi_adamw(
         model,
         learning_rate=schedules.learning_rate,
         structural_learning_rate=schedules.structural_learning_rate,
@@ -289,6 +290,8 @@ def build_optimizer(
         layer_moment=optimizer.layer_moment,
         controller=_build_controller(config, schedules, made),
     )
+    # When to give up is the loop's to decide: the optimizer would go on with broken gradients.
+    return optax.apply_if_finite(adamw, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
 
 
 def _shifted(schedule: optax.Schedule, made: int) -> optax.Schedule:

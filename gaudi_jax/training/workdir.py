@@ -17,6 +17,7 @@ NOT_PART_OF_A_RUN = (
     "compilation_cache",
     "train.log_every",
     "train.eval_every",
+    "train.max_skipped",
     "checkpoint.every",
     "checkpoint.keep",
     "data.verify",
