@@ -17,6 +17,7 @@ as cost at least as much.
 import argparse
 import json
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,7 +151,11 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     options = (*task.options, f"--config.seed={seed}", *options, *extra)
     if method == MATCHED:
         options = (*options, *_matched(name, budget, seed))
-    picture = RESULTS / "structures" / f"{name}-{method.replace(', ', '-')}-{budget}.png"
+    picture = (
+        RESULTS
+        / "structures"
+        / f"{re.sub(r'[^a-z0-9.]+', '-', f'{name} {method} {budget}'.lower())}.png"
+    )
     summary = train(
         task.config + arguments, options, keep=picture if seed == 0 and not extra else None
     )

@@ -70,10 +70,13 @@ class Table:
         """Keeps a row; what no column is for is left out."""
         rows = [*self.rows(), row]
         self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        # Another thread may be reading the rows.
+        temporary = self.path.with_suffix(".part")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        temporary.replace(self.path)
 
 
 def run_all(jobs: Sequence[Any], function: Callable[..., Row], table: Table) -> None:
