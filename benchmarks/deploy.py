@@ -32,7 +32,7 @@ import gaudi_jax
 from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.compression.surgery import become
 from gaudi_jax.decomposition import relative_error
-from gaudi_jax.deploy.timing import interleaved_medians
+from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.models.generate import generate
 
@@ -82,12 +82,6 @@ def forms(
     }
 
 
-def call(model: nnx.Module, *inputs: jax.Array) -> Callable[[], jax.Array]:
-    graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
-    return lambda: run(state, *inputs)
-
-
 def difference(a: jax.Array, b: jax.Array) -> float:
     """Largest difference over the largest value."""
     return float(jnp.abs(a - b).max() / jnp.abs(b).max())
@@ -129,7 +123,7 @@ def layer_rows(args: argparse.Namespace, budget: float) -> list[tuple]:
     for n, m in SHAPES:
         x = jax.random.normal(jax.random.key(0), (tokens, n))
         made = {name: make() for name, make in forms(n, m, budget, args, tokens).items()}
-        calls = {name: call(model, x) for name, model in made.items()}
+        calls = {name: Running(model, x) for name, model in made.items()}
         seconds = interleaved_medians(calls, args.repeats)
         errors = {
             name: float(relative_error(trained_like(n, m), kernel_of(model)))
@@ -173,7 +167,7 @@ def vit(args: argparse.Namespace) -> None:
     model = ViT(config, rngs=nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(0), (IMAGES, 224, 224, 3))
     calls = {
-        form: call(with_layers(model, form, args.budget, args, IMAGES * PATCHES), images)
+        form: Running(with_layers(model, form, args.budget, args, IMAGES * PATCHES), images)
         for form in ("dense", "packed", "low-rank")
     }
     report("ViT-B/16 forward, 8 images", interleaved_medians(calls, args.repeats))

@@ -151,11 +151,8 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     options = (*task.options, f"--config.seed={seed}", *options, *extra)
     if method == MATCHED:
         options = (*options, *_matched(name, budget, seed))
-    picture = (
-        RESULTS
-        / "structures"
-        / f"{re.sub(r'[^a-z0-9.]+', '-', f'{name} {method} {budget}'.lower())}.png"
-    )
+    slug = re.sub(r"[^a-z0-9.]+", "-", f"{name} {method} {budget}".lower())
+    picture = RESULTS / "structures" / f"{slug}.png"
     summary = train(
         task.config + arguments, options, keep=picture if seed == 0 and not extra else None
     )

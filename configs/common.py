@@ -198,7 +198,6 @@ def text_config() -> ConfigDict:
     )
     with config.unlocked():
         config.layer.attention_out = ConfigDict({"name": "dense"})
-    config.optimizer.factor_scale = 4.0  # what factors want beside dense kernels (docs/results.md)
     return config
 
 
@@ -241,7 +240,14 @@ def paper_from_scratch(*, target: float, strength: float) -> Recipe:
     )
 
 
-def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str = "split") -> None:
+def use_layer(
+    config: ConfigDict,
+    args: Arguments,
+    *,
+    paper: Recipe,
+    widths: str = "split",
+    factor_scale: float = 1.0,
+) -> None:
     """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
 
     The budget recipe: hard masks from the first step with a smoothed derivative, and a budget of
@@ -253,6 +259,7 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
         args: `LAYER_ARGUMENTS`, and one for each other part of ``config.layer``.
         paper: the paper's recipe.
         widths: initial ones of the budget recipe's layers (`GaudiFactory`).
+        factor_scale: how much faster factors learn than the rest in the budget recipe.
 
     Raises:
         UserError: the recipe is unknown, the budget is out of range, or an argument has no effect.
@@ -275,11 +282,9 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
             args.reject("recipe", because="without Gaudi layers")
         if "low_rank" not in kinds:
             args.reject("budget", because="on recipe=paper")
-    gaudi: dict = {
-        "name": "gaudi",
-        "rank": 1,
-        "granularity": 1,
-    }
+    gaudi: dict = {"name": "gaudi", "rank": 1, "granularity": 1}
+    if args["recipe"] == "budget":
+        config.optimizer.factor_scale = factor_scale
     if args["recipe"] == "paper":
         config.sigma.update(paper.sigma)
         config.controller.update(paper.controller)
@@ -293,7 +298,7 @@ def use_layer(config: ConfigDict, args: Arguments, *, paper: Recipe, widths: str
     with config.unlocked():
         for part, name in names.items():
             config.layer[part] = ConfigDict(options.get(name, {"name": name}))
-            if name == "gaudi":
+            if name == "gaudi" and "density" not in gaudi:
                 # Of the initial widths; None: dense cost. Each layer's own: they must not be tied.
                 config.layer[part].density = config_dict.placeholder(float)
 

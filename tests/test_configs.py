@@ -1,7 +1,13 @@
 import pytest
 from flax import nnx
 
-from configs import cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi
+from configs import (
+    cifar10_vit_s_gaudi,
+    digits_vit_gaudi,
+    gpt2_gaudi,
+    shakespeare_gpt_gaudi,
+    vit_b_gaudi,
+)
 from gaudi_jax.errors import UserError
 from gaudi_jax.training import loop
 
@@ -54,3 +60,25 @@ def test_options_of_one_part_leave_the_others_as_they_are():
     config = digits_vit_gaudi.get_config("layer=gaudi")
     config.layer.attention.density = 0.25
     assert config.layer.mlp.density is None
+
+
+def test_the_published_recipe_of_gpt2_keeps_its_start_and_its_learning_rates():
+    config = gpt2_gaudi.get_config()
+    assert {config.layer[part].density for part in ("attention", "mlp")} == {0.25}
+    assert config.optimizer.factor_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "scale"),
+    [
+        (shakespeare_gpt_gaudi, "text=here,recipe=budget", 4.0),
+        (shakespeare_gpt_gaudi, "text=here,recipe=budget,layer=low_rank", 4.0),
+        (shakespeare_gpt_gaudi, "text=here,recipe=search", 4.0),
+        (shakespeare_gpt_gaudi, "text=here,recipe=paper", 1.0),
+        (digits_vit_gaudi, "recipe=budget", 1.0),
+        (digits_vit_gaudi, "recipe=search", 1.0),
+        (vit_b_gaudi, "recipe=search", 4.0),
+    ],
+)
+def test_how_fast_factors_learn(module, arguments, scale):
+    assert module.get_config(arguments).optimizer.factor_scale == scale

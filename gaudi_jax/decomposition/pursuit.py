@@ -59,7 +59,7 @@ def _candidates(
 ) -> tuple[Blocks, Float[Array, " K"]]:
     """Blocks from power iterations on the error, and what each would take off the goal."""
     count = max(COLUMNS // rank, FEWEST)
-    # One draw: each takes as long to compile as a sweep's products.
+    # One draw: each takes some tenths of a second to compile.
     drawn = jax.random.uniform(key, (count, rank * error.shape[1] + 4))
     start_in, length_in = axes.input.windows(drawn[:, 0], drawn[:, 1])
     start_out, length_out = axes.output.windows(drawn[:, 2], drawn[:, 3])

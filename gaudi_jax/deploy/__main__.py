@@ -6,7 +6,6 @@ The packed model is saved in ``WORKDIR/packed``, where ``gaudi_jax.load(WORKDIR,
 
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 from flax import nnx
@@ -15,11 +14,11 @@ from tabulate import tabulate
 
 from gaudi_jax.compression import densify
 from gaudi_jax.cost import cost
+from gaudi_jax.deploy.command import run_parser
 from gaudi_jax.deploy.harden import harden, tokens_of
-from gaudi_jax.deploy.machine import MACHINES
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.errors import UserError, exit_status
-from gaudi_jax.training.load import PACKED, as_step, load_with_step, save
+from gaudi_jax.training.load import PACKED, load_with_step, save
 from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -28,15 +27,7 @@ MEBI = 2**20
 
 def main() -> int:
     """Packs, saves and measures; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gaudi_jax.deploy", description=__doc__)
-    parser.add_argument("workdir", type=Path, help="directory of a run with Gaudi layers")
-    parser.add_argument(
-        "--step",
-        type=as_step,
-        help="step of the checkpoint, or best; by default the newest",
-    )
-    parser.add_argument("--batch", type=int, default=8, help="inputs at once (default 8)")
-    parser.add_argument("--backend", choices=MACHINES, help="where it will run; by default here")
+    parser = run_parser("python -m gaudi_jax.deploy", __doc__)
     parser.add_argument("--autotune", action="store_true", help="measure layouts, take the fastest")
     parser.add_argument("--repeats", type=int, default=9, help="times of which the median counts")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A trained model as one file that needs nothing but JAX."""
+"""A trained model as one file that needs only JAX and flatbuffers."""
 
 from gaudi_jax.export.artifact import export_model
 from gaudi_jax.export.loader import load_exported

@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 
 from gaudi_jax.compression.surgery import find_gaudi
 from gaudi_jax.cost import cost
+from gaudi_jax.deploy.command import run_parser
 from gaudi_jax.deploy.harden import harden, tokens_of
-from gaudi_jax.deploy.machine import MACHINES
 from gaudi_jax.deploy.timing import Running
 from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.export.artifact import PLATFORMS, export_model
-from gaudi_jax.export.loader import load_exported
-from gaudi_jax.training.load import as_step, load_with_step
+from gaudi_jax.export.loader import load_exported, platform
+from gaudi_jax.training.load import load_with_step
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -33,16 +33,8 @@ MEBI = 2**20
 
 def main() -> int:
     """Exports; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gaudi_jax.export", description=__doc__)
-    parser.add_argument("workdir", type=Path, help="directory of a run")
+    parser = run_parser("python -m gaudi_jax.export", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="file that is written")
-    parser.add_argument(
-        "--step",
-        type=as_step,
-        help="step of the checkpoint, best or packed; by default the newest",
-    )
-    parser.add_argument("--batch", type=int, default=8, help="inputs at once (default 8)")
-    parser.add_argument("--backend", choices=MACHINES, help="where it will run; by default here")
     parser.add_argument(
         "--platforms", nargs="+", default=PLATFORMS, help=f"some of {', '.join(PLATFORMS)}"
     )
@@ -71,7 +63,7 @@ def export(arguments: argparse.Namespace) -> None:
     )
     try:
         _check(model, task, arguments)
-    except UserError:
+    except Exception:
         arguments.out.unlink()
         raise
     print(f"wrote {arguments.out}: {arguments.out.stat().st_size / MEBI:.2f} MiB")
@@ -95,8 +87,8 @@ def _check(model: nnx.Module, task: Task, arguments: argparse.Namespace) -> None
     running = Running(model, x)
     if running.peak_bytes:
         print(f"peak memory with {len(x)} inputs: {running.peak_bytes / MEBI:.2f} MiB")
-    if {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()) not in arguments.platforms:
-        print(f"not checked: the file is not for {jax.default_backend()}")
+    if platform() not in arguments.platforms:
+        print(f"not checked: the file is not for {platform()}")
         return
     wanted = running().astype(jnp.float32)
     error = jnp.abs(load_exported(arguments.out)(x).astype(jnp.float32) - wanted).max()

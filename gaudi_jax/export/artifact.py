@@ -28,7 +28,7 @@ def export_model(
     platforms: Sequence[str] = PLATFORMS,
     card: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes a model as a file that `gaudi_jax.export.loader` runs with nothing but JAX.
+    """Writes a model as a file that `gaudi_jax.export.loader` runs with only JAX and flatbuffers.
 
     The file holds a StableHLO program (`jax.export`) with a batch of any size, and the model's
     arrays.

@@ -24,8 +24,6 @@ import jax.export
 import numpy as np
 
 MAGIC, FORMAT = "gaudi_jax_export", 1
-#: What jax.export calls the backends.
-PLATFORMS = {"gpu": "cuda"}
 
 
 def load_exported(file: str | Path) -> Callable[[Any], jax.Array]:
@@ -42,10 +40,9 @@ def load_exported(file: str | Path) -> Callable[[Any], jax.Array]:
             or, when it is called, the inputs have another shape or dtype.
     """
     header, payload = read(file)
-    backend = jax.default_backend()
-    if PLATFORMS.get(backend, backend) not in header["platforms"]:
+    if platform() not in header["platforms"]:
         raise ValueError(
-            f"{file} is for {', '.join(header['platforms'])}, and JAX runs on {backend} here; "
+            f"{file} is for {', '.join(header['platforms'])}, and JAX runs on {platform()} here; "
             "export it with --platforms for this one"
         )
     try:
@@ -74,6 +71,12 @@ def load_exported(file: str | Path) -> Callable[[Any], jax.Array]:
 
     run.header = header  # type: ignore[attr-defined]
     return run
+
+
+def platform() -> str:
+    """Where JAX runs here, as jax.export calls it."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
 
 
 def read(file: str | Path) -> tuple[dict[str, Any], memoryview]:

@@ -240,7 +240,11 @@ class _Run:
 
     def _log(self, step: int, state: TrainState, metrics: Metrics, steps_per_second: float) -> None:
         row = {name: float(value) for name, value in metrics.items()}
-        if int(state.opt_state.notfinite_count) >= self.task.config.train.max_skipped:
+        in_a_row = int(state.opt_state.notfinite_count)
+        if in_a_row >= self.task.config.train.max_skipped or (
+            # An infinite loss may have finite gradients: then nothing is skipped, nor mended.
+            not in_a_row and not math.isfinite(row["train_loss"])
+        ):
             self._diverged(state, metrics, step)
         row["skipped_steps"] = skipped = int(state.opt_state.total_notfinite)
         if skipped > self.skipped:
