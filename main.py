@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.report import summary_table, write_report
 from gaudi_jax.training.loop import train
+from gaudi_jax.training.processes import is_primary, start_processes
 from gaudi_jax.training.workdir import check_workdir
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_vit_gaudi.py"
@@ -39,13 +40,16 @@ def run(argv: list[str]) -> None:
     absl.logging.use_absl_handler()
     absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one speaks up
-    logging.getLogger("gaudi_jax").setLevel(logging.INFO)
     use_compilation_cache(config.compilation_cache)
+    start_processes(config.distributed)
+    level = logging.INFO if is_primary() else logging.WARNING
+    logging.getLogger("gaudi_jax").setLevel(level)
     if config.evaluate_only:
         check_workdir(workdir, config.to_dict())
     if config.evaluate_only or train(config, workdir):
-        print(summary_table(write_report(workdir, config.evaluate_checkpoint)))
-        print(f"\nsummary, masks and curves: {workdir}")
+        summary = write_report(workdir, config.evaluate_checkpoint)
+        if is_primary():
+            print(f"{summary_table(summary)}\n\nsummary, masks and curves: {workdir}")
 
 
 def parse_command_line(argv: list[str]) -> tuple[ConfigDict, str]:

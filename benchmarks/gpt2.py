@@ -27,9 +27,15 @@ from tabulate import tabulate
 
 from gaudi_jax.cost import cost
 from gaudi_jax.deploy.timing import interleaved_medians
-from gaudi_jax.training.evaluate import data_mesh, put_batch
+from gaudi_jax.training.mesh import make_mesh, place, put_batch
 from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules
-from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
+from gaudi_jax.training.step import (
+    CostWeights,
+    TrainState,
+    make_train_step,
+    split_model,
+    state_layout,
+)
 from gaudi_jax.training.tasks import Task, open_task
 
 # Configs are files beside main.py, and no installed package.
@@ -105,17 +111,17 @@ def plain_step(config: ConfigDict, batch: dict) -> Any:
 def our_step(task: Task, batch: dict) -> Any:
     """A function that makes one step of the training loop."""
     config = task.config
-    mesh = data_mesh(config.data.batch_size, config.train.accumulate)
+    mesh = make_mesh(config.mesh)
     batch = put_batch(batch, mesh)
     schedules = build_schedules(config)
     model = build_model(config)
     graphdef, params, other = split_model(model)
     optimizer = build_optimizer(config, model, schedules)
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = TrainState(jnp.zeros([], jnp.int32), params, other, optimizer.init(params))
-    state = jax.device_put(state, sharding)
+    shardings = state_layout(state, mesh)
+    state = place(state, shardings)
     weights = CostWeights.of(cost(model, task.example))
-    step = make_train_step(graphdef, optimizer, schedules, task, weights, 0, sharding)
+    step = make_train_step(graphdef, optimizer, schedules, task, weights, 0, shardings)
 
     def make() -> Any:
         nonlocal state

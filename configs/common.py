@@ -75,6 +75,13 @@ def base_config() -> ConfigDict:
     # Compiled programs for later runs of the same shapes; empty for none.
     config.compilation_cache = "~/.cache/gaudi_jax/compiled"
 
+    # Devices on each axis of the mesh (gaudi_jax.training.mesh); -1 for all that are left.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    # Processes, where neither Cloud TPUs nor srun nor mpirun tell (gaudi_jax.training.processes).
+    config.distributed = ConfigDict(
+        {"coordinator_address": "", "num_processes": -1, "process_id": -1}
+    )
+
     config.data = ConfigDict(
         {
             "name": "digits",  # digits, folder:PATH, tfds:NAME, generated:CLASSESxSIZExCHANNELS
@@ -107,6 +114,7 @@ def base_config() -> ConfigDict:
             "mlp_ratio": 4.0,
             "dropout": 0.0,
             "drop_path": 0.0,
+            "remat": False,  # compute activations twice instead of keeping them
             "dtype": "float32",
         }
     )
@@ -161,6 +169,7 @@ def base_config() -> ConfigDict:
             "eval_every": 100,
             # A step whose gradients are not finite is skipped; after so many in a row a run stops.
             "max_skipped": 10,
+            "stall_seconds": 600.0,  # without progress, after which a process is named in a warning
         }
     )
     config.checkpoint = ConfigDict({"every": 200, "keep": 2})
@@ -193,6 +202,7 @@ def text_config() -> ConfigDict:
             "fused_qkv": True,
             "norm_epsilon": 1e-5,
             "dropout": 0.0,
+            "remat": False,
             "dtype": "float32",
         }
     )

@@ -1,7 +1,10 @@
 """The one exception for mistakes that a user can mend, and how commands tell of it."""
 
+import errno
 import sys
 from collections.abc import Callable
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class UserError(ValueError):
@@ -22,6 +25,8 @@ class UserError(ValueError):
 def exit_status(command: Callable[[], object]) -> int:
     """Runs a command; a user's mistake is printed in one sentence on stderr, without a traceback.
 
+    So is a disk that is full or may not be written to.
+
     Returns:
         0, or 1 after a mistake.
 
@@ -34,6 +39,15 @@ def exit_status(command: Callable[[], object]) -> int:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"error: {error.filename or 'a file'} cannot be written ({error.strerror}); make room "
+            "or choose another place; what was saved before is kept",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

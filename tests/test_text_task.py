@@ -23,11 +23,17 @@ from gaudi_jax.decomposition import svd_factors
 from gaudi_jax.errors import UserError
 from gaudi_jax.report import plot_curves, summary_table, write_report
 from gaudi_jax.training import loop
-from gaudi_jax.training.evaluate import data_mesh
+from gaudi_jax.training.mesh import DATA_PARALLEL, make_mesh
 from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.setup import build_model, build_schedules
 from gaudi_jax.training.start import initialise
-from gaudi_jax.training.step import CostWeights, TrainState, make_train_step, split_model
+from gaudi_jax.training.step import (
+    CostWeights,
+    TrainState,
+    make_train_step,
+    split_model,
+    state_layout,
+)
 from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.text_task import TextTask
 from gaudi_jax.training.workdir import read_config
@@ -128,9 +134,9 @@ def gradients(config, accumulate):
         lambda params: params, lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g)
     )
     weights = CostWeights.of(cost(model, task.example))
-    sharding = jax.sharding.NamedSharding(data_mesh(4), jax.sharding.PartitionSpec())
-    step = make_train_step(graphdef, keep, build_schedules(config), task, weights, 0, sharding)
     state = TrainState(jnp.int32(0), *jax.tree.map(jnp.copy, (params, other, params)))
+    shardings = state_layout(state, make_mesh(DATA_PARALLEL))
+    step = make_train_step(graphdef, keep, build_schedules(config), task, weights, 0, shardings)
     state, metrics = step(state, next(task.train_batches()))
     return state.opt_state, {name: metrics[name] for name in metrics if name.startswith("train")}
 

@@ -1,5 +1,6 @@
 """Grain pipelines from a source of images to batches, resumable in the middle of an epoch."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -10,6 +11,7 @@ from absl import flags
 from gaudi_jax.data.augment import random_crop, random_resized_crop, resize, resize_and_crop
 from gaudi_jax.data.images import Example, ImageSource
 from gaudi_jax.data.rand_augment import GREATEST, rand_augment
+from gaudi_jax.data.shards import WHOLE, Shard, batched, part_size
 from gaudi_jax.errors import UserError
 
 #: Small images are made faster than threads hand them over; workers are there for large ones.
@@ -27,6 +29,7 @@ def train_batches(
     flip: bool = False,
     magnitude: float = 0.0,
     workers: int = 0,
+    shard: Shard = WHOLE,
 ) -> grain.DatasetIterator:
     """An endless iterator over batches, reshuffled and augmented anew in every epoch.
 
@@ -43,9 +46,11 @@ def train_batches(
         flip: mirror half of the images.
         magnitude: of `rand_augment`, from 0 to 10; 0 for none.
         workers: processes that read and augment; 0 does it in this one.
+        shard: (number, count) of the part of every batch that is read; the whole one by default.
 
     Returns:
-        An iterator over ``{"image": uint8 (B, size, size, C), "label": int32 (B,)}``.
+        An iterator over ``{"image": uint8 (B, size, size, C), "label": int32 (B,)}``, with B the
+        rows of a part.
 
     Raises:
         UserError: there are fewer images than a batch needs, or an option is out of range.
@@ -83,16 +88,9 @@ def train_batches(
         flip=flip,
         magnitude=magnitude,
     )
-    dataset = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(augment)
-        .batch(batch_size, drop_remainder=True)
-        .to_iter_dataset(_READ_OPTIONS)
-    )
-    return iter(_with_workers(dataset, workers))
+    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
+    batches = batched(examples, batch_size, shard, drop_remainder=True)
+    return iter(_with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers))
 
 
 def evaluation_batches(
@@ -102,6 +100,7 @@ def evaluation_batches(
     image_size: int,
     crop_fraction: float = 1.0,
     workers: int = 0,
+    shard: Shard = WHOLE,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of every image once, in order; the last one is padded.
 
@@ -111,6 +110,7 @@ def evaluation_batches(
         image_size: height and width of the batches' images.
         crop_fraction: share of the resized image that the central crop keeps, in (0, 1].
         workers: processes that read the images; 0 does it in this one.
+        shard: (number, count) of the part of every batch that is read; the whole one by default.
 
     Returns:
         Batches as in training, with "weight", float32 (B,): 1 for images, 0 for padding.
@@ -130,19 +130,25 @@ def evaluation_batches(
         raise UserError(f"data.crop_fraction={crop_fraction} is outside (0, 1]")
     _check_shared_options(batch_size, image_size, workers)
     prepare = partial(_prepare, size=image_size, crop_fraction=crop_fraction)
-    dataset = (
-        grain.MapDataset.source(source)
-        .map(prepare)
-        .batch(batch_size, drop_remainder=False)
-        .to_iter_dataset(_READ_OPTIONS)
-    )
-    for batch in _with_workers(dataset, workers):
-        missing = batch_size - len(batch["label"])
-        batch["weight"] = np.ones(len(batch["label"]), np.float32)
-        yield {
-            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-            for name, array in batch.items()
-        }
+    images = grain.MapDataset.source(source).map(prepare)
+    batches = batched(images, batch_size, shard, drop_remainder=False)
+    rows = part_size(batch_size, shard)
+    for batch in _with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers):
+        yield _padded(batch, rows)
+    # Every process gives a part of every batch, also where the images have come to their end.
+    if len(batches) < math.ceil(len(source) / batch_size):
+        one = prepare(source[0])
+        none = {name: np.asarray(value)[None][:0] for name, value in one.items()}
+        yield _padded(none, rows)
+
+
+def _padded(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    missing = rows - len(batch["label"])
+    batch["weight"] = np.ones(len(batch["label"]), np.float32)
+    return {
+        name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+        for name, array in batch.items()
+    }
 
 
 def _check_shared_options(batch_size: int, image_size: int, workers: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gaudi_jax.data.corpus import load_corpus
+from gaudi_jax.data.shards import WHOLE, Shard, batched, part_size
 from gaudi_jax.data.tokenizers import Tokenizer, cached, load_tokenizer
 from gaudi_jax.errors import UserError
 
@@ -97,7 +98,12 @@ def load_text(
 
 
 def train_windows(
-    tokens: Int[np.ndarray, " tokens"], *, block: int, batch_size: int, seed: int
+    tokens: Int[np.ndarray, " tokens"],
+    *,
+    block: int,
+    batch_size: int,
+    seed: int,
+    shard: Shard = WHOLE,
 ) -> grain.DatasetIterator:
     """An endless iterator over batches of windows of ``block + 1`` tokens.
 
@@ -111,10 +117,11 @@ def train_windows(
         block: tokens that the model reads at once.
         batch_size: windows a batch.
         seed: of cuts and order.
+        shard: (number, count) of the part of every batch that is read; the whole one by default.
 
     Returns:
-        An iterator over ``{"tokens": int32 (batch_size, block + 1)}``: all but the last are
-        inputs, all but the first are targets.
+        An iterator over ``{"tokens": int32 (rows, block + 1)}``, with as many rows as a part has:
+        all but the last are inputs, all but the first are targets.
 
     Raises:
         UserError: the text is shorter than one window, or an option is not positive.
@@ -142,21 +149,24 @@ def train_windows(
     def windows(starts: np.ndarray) -> dict[str, np.ndarray]:
         return {"tokens": tokens[starts[:, None] + np.arange(block + 1)].astype(np.int32)}
 
-    dataset = (
+    starts = (
         grain.MapDataset.range(count)
         .seed(seed)
         .shuffle()
         .repeat()  # the index counts on, so that it tells the epoch
         .map_with_index(lambda index, place: cut(index // count) + place * block)
-        .batch(batch_size, drop_remainder=True)
-        .map(windows)
-        .to_iter_dataset(_READ_OPTIONS)
     )
-    return iter(dataset)
+    batches = batched(starts, batch_size, shard, drop_remainder=True).map(windows)
+    return iter(batches.to_iter_dataset(_READ_OPTIONS))
 
 
 def evaluation_windows(
-    tokens: Int[np.ndarray, " tokens"], *, block: int, batch_size: int, stride: int | None = None
+    tokens: Int[np.ndarray, " tokens"],
+    *,
+    block: int,
+    batch_size: int,
+    stride: int | None = None,
+    shard: Shard = WHOLE,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of windows in which every token but the first is scored once, in order.
 
@@ -169,11 +179,12 @@ def evaluation_windows(
         block: tokens that the model reads at once.
         batch_size: windows a batch; the last one is padded with windows of weight 0.
         stride: in [1, block]; None is block: windows side by side.
+        shard: (number, count) of the part of every batch that is read; the whole one by default.
 
     Returns:
-        Batches of "tokens", int32 (batch_size, block + 1), zeros after the text's end, and
-        "weight", float32 (batch_size, block): 1 for the targets ``tokens[:, 1:]`` that count,
-        which are ``len(tokens) - 1`` in all.
+        Batches of "tokens", int32 (rows, block + 1), zeros after the text's end, and "weight",
+        float32 (rows, block): 1 for the targets ``tokens[:, 1:]`` that count, which are
+        ``len(tokens) - 1`` in all. A part has as many rows as its share of the batch.
 
     Raises:
         UserError: there are fewer than two tokens, or an option is out of range.
@@ -194,16 +205,18 @@ def evaluation_windows(
         raise UserError(f"a text of {len(tokens)} tokens has none to predict; give a longer one")
     # The window at `start` reaches the targets up to start + block; the last one is len - 1.
     starts = range(0, max(1, len(tokens) - 1 - block + stride), stride)
-    return _evaluation_batches(tokens, starts, block, batch_size)
+    return _evaluation_batches(tokens, starts, block, batch_size, shard)
 
 
 def _evaluation_batches(
-    tokens: np.ndarray, starts: range, block: int, batch_size: int
+    tokens: np.ndarray, starts: range, block: int, batch_size: int, shard: Shard
 ) -> Iterator[dict[str, np.ndarray]]:
+    rows = part_size(batch_size, shard)
     for first in range(0, len(starts), batch_size):
-        windows = np.zeros((batch_size, block + 1), np.int32)
-        weight = np.zeros((batch_size, block), np.float32)
-        for row, start in enumerate(starts[first : first + batch_size]):
+        windows = np.zeros((rows, block + 1), np.int32)
+        weight = np.zeros((rows, block), np.float32)
+        own = first + shard[0] * rows
+        for row, start in enumerate(starts[own : own + rows]):
             window = tokens[start : start + block + 1]
             windows[row, : len(window)] = window
             scored = block - starts.step if start else 0  # by the window before

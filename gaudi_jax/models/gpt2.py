@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import LinearFactory
 from gaudi_jax.models import hf_gpt2
+from gaudi_jax.models.blocks import through_blocks
 from gaudi_jax.models.pretrained import (
     INDEX,
     SHARDS,
@@ -49,6 +50,7 @@ class GPT2Config:
             model; otherwise three layers of width -> width.
         norm_epsilon: what layer normalisation adds to the variance.
         dropout: rate after the embedding and after each branch. Attention weights are not dropped.
+        remat: compute activations again in the backward pass instead of keeping them.
         attention_layer: factory of the layers that make queries, keys and values.
         attention_out_layer: factory of the attention's output layer.
         mlp_layer: factory of both MLP layers.
@@ -70,6 +72,7 @@ class GPT2Config:
     fused_qkv: bool = True
     norm_epsilon: float = 1e-5
     dropout: float = 0.0
+    remat: bool = False
     attention_layer: LinearFactory = nnx.Linear
     attention_out_layer: LinearFactory = nnx.Linear
     mlp_layer: LinearFactory = nnx.Linear
@@ -267,8 +270,7 @@ class GPT2(nnx.Module):
         x = self.token_embedding(token_ids)
         x = x + self.position_embedding[: token_ids.shape[1]].astype(x.dtype)
         x = self.dropout(x, rngs=rngs)
-        for block in self.blocks:
-            x = block(x, rngs=rngs)
+        x = through_blocks(self.blocks, x, rngs=rngs, remat=self.config.remat)
         return self.logits(self.norm(x))
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch vocab"]:

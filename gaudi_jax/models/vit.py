@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import LinearFactory
 from gaudi_jax.models import hf_vit
+from gaudi_jax.models.blocks import through_blocks
 from gaudi_jax.models.pretrained import fill, read_config, read_tensors, resolve_folder
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ViTConfig:
         norm_epsilon: what layer normalisation adds to the variance.
         dropout: rate after the embedding and after each branch.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
+        remat: compute activations again in the backward pass instead of keeping them.
         attention_layer: factory of the query, key, value and output layers.
         mlp_layer: factory of both MLP layers.
         dtype: dtype of the computation; None computes in the parameters' dtype.
@@ -75,6 +77,7 @@ class ViTConfig:
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
     drop_path: float = 0.0
+    remat: bool = False
     attention_layer: LinearFactory = nnx.Linear
     mlp_layer: LinearFactory = nnx.Linear
     dtype: Any = None
@@ -286,8 +289,7 @@ class ViT(nnx.Module):
             token = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, config.width))
             x = jnp.concatenate([token.astype(x.dtype), x], axis=1)
         x = self.dropout(x + self.position_embedding[...].astype(x.dtype), rngs=rngs)
-        for block in self.blocks:
-            x = block(x, rngs=rngs)
+        x = through_blocks(self.blocks, x, rngs=rngs, remat=config.remat)
         x = self.norm(x)
         x = x[:, 0] if config.pool == "class" else x.mean(axis=1)
         return self.head(x).astype(jnp.float32)

@@ -22,6 +22,7 @@ from gaudi_jax.report.tables import summary_table
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.load import PACKED, load_with_step
 from gaudi_jax.training.metrics import read_metrics
+from gaudi_jax.training.processes import is_primary
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -33,8 +34,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Evaluates the model of a run on the test split and writes its report.
 
-    Writes ``summary.json``, the same as a table in ``summary.txt``, ``masks.png`` (for models with
-    Gaudi layers) and ``curves.png``; of a packed model only ``summary-packed.json`` and ``.txt``.
+    All processes of a run evaluate it together, the first one writes ``summary.json``, the same as
+    a table in ``summary.txt``, ``masks.png`` (for models with Gaudi layers) and ``curves.png``; of
+    a packed model only ``summary-packed.json`` and ``.txt``.
 
     Args:
         workdir: directory of the run.
@@ -89,6 +91,8 @@ def write_report(
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     text = json.dumps(summary, indent=2, allow_nan=False)
+    if not is_primary():
+        return summary
     stem = workdir / ("summary-packed" if packed else "summary")
     stem.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     stem.with_suffix(".txt").write_text(summary_table(summary) + "\n", encoding="utf-8")

@@ -6,17 +6,23 @@ import logging
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from gaudi_jax.errors import UserError
+from gaudi_jax.training.mesh import place
+from gaudi_jax.training.processes import is_primary, of_all, sum_of_all, wait_for_all
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +60,10 @@ class Checkpointer:
     a checksum, so that a damaged checkpoint is recognised. A context manager: leaving it waits for
     pending saves.
 
+    Where several processes train together, each saves the parts of the arrays that its devices
+    hold, all at the same steps. Restoring, each reads the whole checkpoint and checks it for
+    itself, so that none waits for another one's answer; only reading may be done by any of them.
+
     Args:
         directory: where the checkpoints lie.
         keep: how many of the last ones are kept, beside the best one; at least 1.
@@ -77,39 +87,80 @@ class Checkpointer:
         if keep < 1:
             raise UserError(f"checkpoint.keep={keep} must be at least 1")
         self._directory = Path(directory).absolute()
-        self._read_only = read_only
         # Orbax's own metrics would do, but a damaged metrics file stops it from opening at all.
         self._scores: dict[int, float] = {}
         self._manager: ocp.CheckpointManager | None = None
-        if read_only and not self._directory.is_dir():
-            return
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(self._scores)]),
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-            ),
-        )
-
+        self._reader: ocp.CheckpointManager | None = None
+        if not read_only:
+            policies = [LatestN(keep), _Best(self._scores)]
+            with self._failing_to_write("the directory"):
+                self._manager = ocp.CheckpointManager(
+                    self._directory,
+                    options=ocp.CheckpointManagerOptions(
+                        preservation_policy=AnyPreservationPolicy(policies),
+                        cleanup_tmp_directories=True,
+                        create=True,
+                    ),
+                )
+        self._open_reader()
         for step in self.steps():
             self._scores[step] = self._read_score(step)
+
+    def _open_reader(self) -> None:
+        """Opens the directory for this process alone: orbax's readers wait for one another."""
+        own = jax.process_index()
+        if self._directory.is_dir():
+            self._reader = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    create=False,
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"{own}"
+                    ),
+                ),
+            )
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._manager is not None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        if self._manager is None:
+            return
+        if kind is None:
+            self.wait()
             self._manager.close()
+        else:  # what went wrong is told already; a save that fails besides must not hide it
+            with suppress(Exception):
+                self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
-        return [] if self._manager is None else sorted(self._manager.all_steps())
+        manager = self._manager or self._reader
+        return [] if manager is None else sorted(manager.all_steps())
 
     def wait(self) -> None:
-        """Waits until pending saves are on disk."""
+        """Waits until pending saves are on disk.
+
+        Raises:
+            UserError: one of them could not be written.
+        """
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._failing_to_write("a checkpoint"):
+                self._manager.wait_until_finished()
+
+    @contextmanager
+    def _failing_to_write(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        # Orbax and tensorstore raise many kinds of errors for disks that are full or gone.
+        except Exception as error:
+            raise UserError(
+                f"{what} could not be written in {self._directory} ({_first_line(error)}); make "
+                "room or choose another --workdir; run again, it continues from the checkpoint "
+                "before"
+            ) from error
 
     def save(
         self,
@@ -126,16 +177,16 @@ class Checkpointer:
             state: parts of the state by name, each a pytree of arrays.
             iterator: data iterator to resume with it.
             score: what "best" compares, higher is better; None is never the best.
+
+        Raises:
+            UserError: this checkpoint or the one before could not be written.
         """
         assert self._manager is not None
         parts = {name: _leaves(part) for name, part in state.items()}
         items: dict[str, Any] = {
             name: ocp.args.StandardSave(leaves) for name, leaves in parts.items() if leaves
         }
-        described = {
-            part: {name: _describe(leaf) for name, leaf in leaves.items()}
-            for part, leaves in parts.items()
-        }
+        described = {part: _described(leaves, sum_of_all) for part, leaves in parts.items()}
         self._scores[step] = -math.inf if score is None else score
         about = {
             "score": score,
@@ -144,7 +195,9 @@ class Checkpointer:
         }
         text = json.dumps(about)
         items["about"] = ocp.args.JsonSave({"json": text, "crc32": zlib.crc32(text.encode())})
-        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+        with self._failing_to_write(f"checkpoint {step}"):
+            saved = self._manager.save(step, args=ocp.args.Composite(**items))
+        if not saved:
             raise RuntimeError(f"step {step} was not saved in {self._directory}")
 
     def restore(
@@ -158,8 +211,9 @@ class Checkpointer:
 
         Args:
             abstract_state: the wanted parts by name, each a pytree of `jax.ShapeDtypeStruct`, whose
-                shardings the arrays get; without one, the first device. What was saved on some
-                devices may be restored on others. A function gives them for a checkpoint's step.
+                shardings the arrays get; without one, this process's first device. What was saved
+                on some devices may be restored on others. A function gives them for a checkpoint's
+                step.
             iterator: data iterator that is set to where it was.
             step: which one; "best" for the one with the highest score; None for the newest that is
                 not damaged. A damaged one is named in a warning and passed over (and renamed
@@ -169,8 +223,11 @@ class Checkpointer:
             The step and the state, or None if there is no checkpoint at all.
 
         Raises:
-            UserError: there is no such step, all are damaged, or they hold another structure.
+            UserError: there is no such step, all are damaged, they hold another structure, or the
+                processes of the run do not find the same one.
         """
+        if self._manager is not None:
+            self._open_reader()
         steps = self.steps()
         if not steps:
             return None
@@ -192,6 +249,8 @@ class Checkpointer:
                 damaged.append(candidate)
                 log.warning("checkpoint %d is damaged (%s)", candidate, _first_line(error))
                 continue
+            if self._manager is not None:
+                _check_agreement(candidate, self._directory)
             if damaged:
                 log.warning("using checkpoint %d", candidate)
                 self._set_aside(damaged)
@@ -213,11 +272,12 @@ class Checkpointer:
             _check_structure(described[part], wanted, self._directory / str(step) / part)
             leaves = {}
             if wanted:
-                leaves = self._restore_item(step, part, ocp.args.StandardRestore(_placed(wanted)))
-            for name, leaf in leaves.items():
-                if _describe(leaf)["crc32"] != described[part][name]["crc32"]:
+                on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+                leaves = self._restore_item(step, part, ocp.args.StandardRestore(on_host))
+            for name, about_leaf in _described(leaves).items():
+                if about_leaf["checksum"] != described[part][name]["checksum"]:
                     raise ValueError(f"checksum of {part}.{name} does not match")
-            ordered = [leaves[name] for name in wanted]
+            ordered = [_placed(leaves[name], leaf.sharding) for name, leaf in wanted.items()]
             state[part] = jax.tree.unflatten(jax.tree.structure(tree), ordered)
         return state, about["iterator"]
 
@@ -235,18 +295,18 @@ class Checkpointer:
         return -math.inf if score is None else score
 
     def _restore_item(self, step: int, name: str, args: Any) -> Any:
-        assert self._manager is not None
-        return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+        assert self._reader is not None
+        return self._reader.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints: training goes on before them and saves the steps again."""
-        if self._read_only:
+        if self._manager is None:
             return
-        assert self._manager is not None
-        for step in steps:
+        for step in steps if is_primary() else ():
             aside = self._directory / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(step)).rename(aside)
+        wait_for_all("damaged checkpoints are renamed")
         self._manager.reload()
 
     def _best(self, steps: list[int]) -> int:
@@ -282,13 +342,17 @@ def _leaves(tree: Any) -> Leaves:
     }
 
 
-def _placed(leaves: Leaves) -> Leaves:
-    """Puts arrays without a sharding on the first device; orbax would look for those they had."""
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first)
-        for name, leaf in leaves.items()
-    }
+def _placed(array: np.ndarray, sharding: Any) -> Array:
+    return jnp.asarray(array) if sharding is None else place(array, sharding)
+
+
+def _check_agreement(step: int, directory: Path) -> None:
+    found = of_all(step)
+    if len(set(found)) > 1:
+        raise UserError(
+            f"the processes of this run find different checkpoints in {directory} "
+            f"({', '.join(map(str, found))}); give all of them the same workdir on a shared disk"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -296,10 +360,60 @@ def _first_line(error: Exception) -> str:
     return lines[0][:120] if lines else type(error).__name__
 
 
-def _describe(leaf: Any) -> dict[str, Any]:
-    array = np.asarray(leaf)
-    crc = zlib.crc32(array.tobytes())
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": crc}
+def _described(
+    leaves: Leaves, total: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and checksum of arrays by name.
+
+    Args:
+        leaves: arrays; of those that are spread over processes each has its parts.
+        total: from the checksums of this process's parts to those of the whole arrays.
+    """
+    # All are begun before the first is waited for.
+    sums = [_part_sums(leaf) for leaf in leaves.values()]
+    own = np.array([sum(map(int, parts)) % 2**32 for parts in sums], np.uint32)
+    return {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": int(checksum)}
+        for (name, leaf), checksum in zip(leaves.items(), total(own), strict=True)
+    }
+
+
+def _part_sums(leaf: Any) -> list[Array]:
+    """Checksums of the parts of an array that this process has, each once."""
+    # One device at a time: a sum over all would make them wait for one another.
+    return [
+        _checksum(part.data, [place.start or 0 for place in part.index], leaf.shape)
+        for part in jnp.asarray(leaf).addressable_shards
+        if part.replica_id == 0
+    ]
+
+
+@partial(jax.jit, static_argnames="shape")
+def _checksum(part: Array, starts: list[int], shape: tuple[int, ...]) -> Array:
+    """Sum modulo 2^32 of an array's bits, each number of which has an odd weight by its place.
+
+    Unlike a CRC it is the sum of those of the array's parts; and a single changed number always
+    changes it, since odd weights have inverses.
+
+    Args:
+        part: of the array.
+        starts: the place of its first entry in the array, on each axis.
+        shape: of the array.
+    """
+    if part.dtype == jnp.bool_:
+        part = part.astype(jnp.uint8)
+    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(part.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(part, narrow).astype(jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):  # one more than of the array, for numbers of 64 bits
+        start = jnp.uint32(starts[axis]) if axis < len(shape) else 0
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + start
+        index = index * jnp.uint32(shape[axis] if axis < len(shape) else size) + place
+    # The mixing of MurmurHash3, so that neighbours have unrelated weights.
+    weight = index * jnp.uint32(0x9E3779B1)
+    weight = (weight ^ (weight >> 16)) * jnp.uint32(0x85EBCA6B)
+    weight = (weight ^ (weight >> 13)) | jnp.uint32(1)
+    return (bits * weight).sum(dtype=jnp.uint32)
 
 
 def _check_structure(described: dict[str, Any], wanted: Leaves, path: Path) -> None:

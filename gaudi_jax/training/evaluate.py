@@ -3,44 +3,21 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from gaudi_jax.errors import UserError
+from gaudi_jax.training.mesh import (
+    DATA_PARALLEL,
+    batch_shard,
+    check_batch,
+    make_mesh,
+    place,
+    put_batch,
+    state_shardings,
+)
 from gaudi_jax.training.step import Arrays, make_evaluation_step, set_sigma, split_model
 from gaudi_jax.training.tasks import Batch, Metrics, Task
-
-
-def data_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
-    """A mesh of all devices with the one axis "data", over which batches are split.
-
-    Args:
-        batch_size: of a training step.
-        accumulate: micro-batches of a step, which follow one another.
-
-    Raises:
-        UserError: the batch cannot be split evenly.
-    """
-    devices = jax.device_count()
-    parts = devices * accumulate
-    if batch_size < 1 or batch_size % parts:
-        into = f" and train.{accumulate=} micro-batches" if accumulate > 1 else ""
-        raise UserError(
-            f"data.batch_size={batch_size} cannot be split over {devices} devices{into}; "
-            f"use a positive multiple of {parts}"
-        )
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-
-
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Splits a batch over the mesh's devices."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
 
 
 def evaluate_batches(
@@ -59,10 +36,10 @@ def evaluate_batches(
 def evaluate_model(
     model: nnx.Module, task: Task, split: str, sigma: Any = None
 ) -> dict[str, float]:
-    """Loss and other results of a model on a split, in evaluation mode.
+    """Loss and other results of a model on a split, in evaluation mode, on all devices.
 
     Args:
-        model: the model; it is left as it is.
+        model: the model, whole in every process; it is left as it is.
         task: its data.
         split: "train", "validation" or "test".
         sigma: masks' sigma, infinity for hard masks; None leaves the model's own.
@@ -75,8 +52,10 @@ def evaluate_model(
     if sigma is not None:
         set_sigma(view, sigma)
     graphdef, params, other = split_model(view)
-    mesh = data_mesh(task.config.data.batch_size, task.config.train.accumulate)
-    params, other = jax.device_put((params, other), NamedSharding(mesh, PartitionSpec()))
-    step = make_evaluation_step(graphdef, task)
-    sums = evaluate_batches(step, params, other, task.evaluation_batches(split), mesh)
+    mesh = make_mesh(DATA_PARALLEL)
+    check_batch(mesh, task.config.data.batch_size, task.config.train.accumulate)
+    params, other = (place(part, state_shardings(part, mesh)) for part in (params, other))
+    step = make_evaluation_step(graphdef, task, mesh)
+    batches = task.evaluation_batches(split, shard=batch_shard(mesh))
+    sums = evaluate_batches(step, params, other, batches, mesh)
     return task.results(sums, split)

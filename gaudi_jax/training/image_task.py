@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from gaudi_jax.data.augment import erase, mix, normalize, smooth_labels
 from gaudi_jax.data.images import ImageSplits, load_images
 from gaudi_jax.data.pipeline import evaluation_batches, train_batches
+from gaudi_jax.data.shards import WHOLE, Shard
 from gaudi_jax.errors import UserError
 
 
@@ -93,7 +94,7 @@ class ImageTask:
     def save_extras(self, workdir: Path) -> None:
         """Nothing."""
 
-    def train_batches(self) -> grain.DatasetIterator:
+    def train_batches(self, shard: Shard = WHOLE) -> grain.DatasetIterator:
         """Endless batches of augmented images, resumable."""
         data = self.config.data
         return train_batches(
@@ -106,9 +107,12 @@ class ImageTask:
             flip=data.flip,
             magnitude=data.rand_augment,
             workers=data.workers,
+            shard=shard,
         )
 
-    def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+    def evaluation_batches(
+        self, split: str, shard: Shard = WHOLE
+    ) -> Iterator[dict[str, np.ndarray]]:
         """All images of a split, once, in order; the last batch is padded."""
         data = self.config.data
         return evaluation_batches(
@@ -117,7 +121,15 @@ class ImageTask:
             image_size=data.image_size,
             crop_fraction=data.crop_fraction,
             workers=data.workers,
+            shard=shard,
         )
+
+    def abstract_batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Images and labels."""
+        return {
+            "image": jax.ShapeDtypeStruct((rows, *self.example.shape[1:]), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        }
 
     def inputs(self, batch: Mapping[str, Array]) -> Array:
         """Normalised images."""

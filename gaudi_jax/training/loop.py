@@ -13,19 +13,24 @@ from typing import Any, NoReturn
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gaudi_jax.compression import densify
 from gaudi_jax.cost import cost
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.checkpoint import Checkpointer, has_checkpoint
-from gaudi_jax.training.evaluate import data_mesh, evaluate_batches, put_batch
+from gaudi_jax.training.evaluate import evaluate_batches
 from gaudi_jax.training.load import abstract_model
+from gaudi_jax.training.memory import estimate_memory, log_memory
+from gaudi_jax.training.mesh import batch_shard, check_batch, make_mesh, place, put_batch
 from gaudi_jax.training.metrics import MetricLog, Progress
 from gaudi_jax.training.moments import read_moments, with_moments
 from gaudi_jax.training.phases import Phase, phase_of, phases
+from gaudi_jax.training.processes import from_primary, is_primary, on_host, wait_for_all
 from gaudi_jax.training.restructure import Start, check_phases, restructure
 from gaudi_jax.training.setup import (
     Schedules,
@@ -34,6 +39,7 @@ from gaudi_jax.training.setup import (
     build_schedules,
     check_options,
 )
+from gaudi_jax.training.stall import StallWatch
 from gaudi_jax.training.start import initialise, is_run, moments_of
 from gaudi_jax.training.step import (
     CostWeights,
@@ -42,9 +48,10 @@ from gaudi_jax.training.step import (
     make_evaluation_step,
     make_train_step,
     split_model,
+    state_layout,
 )
 from gaudi_jax.training.tasks import Task, open_task
-from gaudi_jax.training.workdir import claim_workdir
+from gaudi_jax.training.workdir import check_workdir, claim_workdir
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +78,11 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     """
     # ---- data, schedules, optimizer: what can be wrong is found before anything is written ------
     check_options(config)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.data.batch_size, config.train.accumulate)
     task = open_task(config)
     config = task.config
-    mesh = data_mesh(config.data.batch_size, config.train.accumulate)
-    iterator = task.train_batches()
+    iterator = task.train_batches(batch_shard(mesh))
     schedules = build_schedules(config)
     dense = nnx.eval_shape(lambda: densify(build_model(config)))
     build_optimizer(config, nnx.eval_shape(lambda: build_model(config)), schedules)
@@ -84,9 +92,12 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     source = config.init_from
     if source and not resumes:
         initialise(model, source, config)
-    claim_workdir(workdir, config.to_dict())
     workdir = Path(workdir)
-    task.save_extras(workdir)
+    if is_primary():
+        claim_workdir(workdir, config.to_dict())
+        task.save_extras(workdir)
+    wait_for_all("the workdir is made")
+    check_workdir(workdir, config.to_dict())
     if "pretrain" in config and not resumes:
         log.info("the dense model first")
         source = str(workdir / "dense")
@@ -98,9 +109,10 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
         _stop_on_sigterm() as stop,
     ):
         # ---- resume from the newest checkpoint, with the structure that it was saved with --------
-        replicated = NamedSharding(mesh, PartitionSpec())
         restored = checkpoints.restore(
-            lambda step: _abstract_state(config, schedules, workdir, step, replicated)._asdict(),
+            lambda step: _abstract_state(
+                config, schedules, workdir, phase_of(config, step), mesh
+            )._asdict(),
             iterator,
         )
         made = 0 if restored is None else restored.step
@@ -111,9 +123,20 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
             Progress(
                 config.train.steps, made, unit=task.unit, units_per_step=task.units_per_step
             ) as progress,
+            StallWatch(workdir, config.train.stall_seconds) as watch,
         ):
             run = _Run(
-                task, workdir, mesh, iterator, schedules, checkpoints, rows, progress, stop, made
+                task,
+                workdir,
+                mesh,
+                iterator,
+                schedules,
+                checkpoints,
+                rows,
+                progress,
+                stop,
+                watch,
+                made,
             )
             # ---- phases: each with its own structure, optimizer state and compiled step ----------
             moments = moments_of(source) if source and is_run(source) and not resumes else None
@@ -128,14 +151,17 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                     if phase.budget is not None:
                         start = restructure(model, moments, task, phase, workdir)
                         rows.write({"step": phase.first, **start.results})
-                    graphdef, state = _first_state(config, schedules, start, phase.first)
-                    state = jax.device_put(state, replicated)
+                    wait_for_all("the plan is written")
+                    graphdef = nnx.graphdef(abstract_model(config, phase, workdir))
+                    abstract = _abstract_state(config, schedules, workdir, phase, mesh)
+                    state = _first_state(config, schedules, start, abstract, phase.first)
                     del start
                 model = moments = None  # what the state does not hold is not needed any more
                 state = run.make_steps(graphdef, state, phase)
-                if stop.requested:
+                if stop.requested or phase.last == config.train.steps:
                     break
-                model = nnx.merge(graphdef, state.params, state.other)
+                state = on_host(state)
+                model = nnx.merge(graphdef, *jax.tree.map(jnp.asarray, state[1:3]))
                 moments = read_moments(state.opt_state)
         checkpoints.wait()
     if stop.requested and run.saved_step < config.train.steps:
@@ -149,27 +175,35 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
 
 
 def _first_state(
-    config: ConfigDict, schedules: Schedules, start: Start, made: int
-) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of a phase, and the state before its first step."""
-    graphdef, params, other = split_model(start.model)
-    opt_state = build_optimizer(config, start.model, schedules, made=made).init(params)
-    if start.moments is not None:
-        opt_state = with_moments(opt_state, start.moments)
-    return graphdef, TrainState(jnp.full([], made, jnp.int32), params, other, opt_state)
+    config: ConfigDict, schedules: Schedules, start: Start, abstract: TrainState, made: int
+) -> TrainState:
+    """The state before the first step of a phase, as process 0 has it, on the mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    if is_primary():
+        _, params, other = split_model(start.model)
+        opt_state = build_optimizer(config, start.model, schedules, made=made).init(params)
+        if start.moments is not None:
+            opt_state = with_moments(opt_state, start.moments)
+        state = TrainState(jnp.full([], made, jnp.int32), params, other, opt_state)
+    else:
+        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    return place(from_primary(state), shardings)
 
 
 def _abstract_state(
-    config: ConfigDict, schedules: Schedules, workdir: Path, step: int, sharding: Sharding
+    config: ConfigDict, schedules: Schedules, workdir: Path, phase: Phase, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state that a checkpoint holds."""
-    phase = phase_of(config, step)
+    """Shapes, dtypes and shardings of the state in a phase."""
     model = abstract_model(config, phase, workdir)
     _, params, other = split_model(model)
     init = build_optimizer(config, model, schedules, made=phase.first).init
     step_count: Any = jax.ShapeDtypeStruct([], jnp.int32)
     state = TrainState(step_count, params, other, jax.eval_shape(init, params))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        state_layout(state, mesh),
+    )
 
 
 @dataclasses.dataclass
@@ -185,6 +219,7 @@ class _Run:
     rows: MetricLog
     progress: Progress
     stop: "_Stop"
+    watch: StallWatch
     saved_step: int
     skipped: int = 0
 
@@ -194,13 +229,16 @@ class _Run:
         step_fn, evaluation_fn = self._prepared(graphdef, state, phase)
         started = time.perf_counter()
         for step in range(first + 1, phase.last + 1):
+            self.watch.note(step, "reading data")
             batch = put_batch(next(self.iterator), self.mesh)
+            self.watch.note(step, "computing")
             state, metrics = step_fn(state, batch)
             ends = step == phase.last
             if step % config.train.log_every == 0 or ends:
                 speed = (step - first) / (time.perf_counter() - started)
                 self._log(step, state, metrics, speed)
             self.progress.advance(step)
+            self.stop.look(step)
             evaluated = None
             if step % config.train.eval_every == 0 or ends:
                 evaluated = self._evaluate(evaluation_fn, state, step)
@@ -226,6 +264,7 @@ class _Run:
             model_cost.total_dense_multiplications,
             self.workdir,
         )
+        log_memory(estimate_memory(graphdef, state, task, self.mesh))
         step_fn = make_train_step(
             graphdef,
             build_optimizer(config, model, self.schedules, made=phase.first),
@@ -233,10 +272,10 @@ class _Run:
             task,
             CostWeights.of(model_cost),
             config.seed,
-            state.step.sharding,
+            state_layout(state, self.mesh),
         )
         model.eval()
-        return step_fn, make_evaluation_step(nnx.graphdef(model), task)
+        return step_fn, make_evaluation_step(nnx.graphdef(model), task, self.mesh)
 
     def _log(self, step: int, state: TrainState, metrics: Metrics, steps_per_second: float) -> None:
         row = {name: float(value) for name, value in metrics.items()}
@@ -264,7 +303,8 @@ class _Run:
 
     def _evaluate(self, evaluation_fn: Any, state: TrainState, step: int) -> dict[str, float]:
         """Results on the validation split."""
-        batches = self.task.evaluation_batches("validation")
+        self.watch.note(step, "evaluating")
+        batches = self.task.evaluation_batches("validation", batch_shard(self.mesh))
         sums = evaluate_batches(evaluation_fn, state.params, state.other, batches, self.mesh)
         evaluated = self.task.results(sums, "validation")
         row = {f"validation_{name}": value for name, value in evaluated.items()}
@@ -273,6 +313,7 @@ class _Run:
         return evaluated
 
     def _save(self, state: TrainState, step: int, evaluated: dict[str, float] | None) -> None:
+        self.watch.note(step, "saving a checkpoint")
         settled = _settled(self.task.config, step)
         score = self.task.score(evaluated) if evaluated and settled else None
         self.checkpoints.save(step, state._asdict(), self.iterator, score=score)
@@ -280,13 +321,23 @@ class _Run:
 
 
 class _Stop:
+    """Whether the run has been asked to stop."""
+
     requested = False
+
+    def look(self, step: int) -> None:
+        """Asks whether any of several processes got the signal; all are told at the same step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.requested = True
 
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[_Stop]:
     """Turns SIGTERM (a preemption) into a request that the loop sees after the current step."""
     stop = _Stop()
+    if jax.process_count() > 1:  # JAX itself listens for the signal, and tells the others
+        yield stop
+        return
 
     def request(signum, frame):
         stop.requested = True

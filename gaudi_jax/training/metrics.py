@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gaudi_jax.errors import UserError
+from gaudi_jax.training.processes import is_primary
 from gaudi_jax.training.workdir import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,7 +33,7 @@ class MetricLog:
     """Appends rows of numbers to ``metrics.jsonl`` and to TensorBoard event files.
 
     A context manager. Rows are strict JSON: infinite and undefined numbers become the strings
-    "inf", "-inf" and "nan".
+    "inf", "-inf" and "nan". Of several processes only the first one writes.
 
     Args:
         workdir: directory of the run.
@@ -53,6 +54,8 @@ class MetricLog:
     def __init__(self, workdir: str | Path, resumed_from: int | None = None):
         from tensorboardX import SummaryWriter  # slow to import
 
+        if not is_primary():
+            return
         self._path = Path(workdir) / METRICS_FILE
         kept: list[Row] = []
         if resumed_from is not None:
@@ -69,13 +72,20 @@ class MetricLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
-        self._writer.close()
+        if is_primary():
+            self._file.close()
+            self._writer.close()
 
     def write(self, row: Row) -> None:
         """Writes a row; its numbers become TensorBoard scalars at its "step"."""
-        self._file.write(_line(row))
-        self._file.flush()
+        if not is_primary():
+            return
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._path)  # which Python does not tell when writing
+            raise
         for name, value in row.items():
             if name != "step" and math.isfinite(value):
                 self._writer.add_scalar(name, value, row["step"])
@@ -107,7 +117,8 @@ def read_metrics(workdir: str | Path) -> list[Row]:
 class Progress:
     """The live line of a run: step, loss, accuracy, units a second, time left, relative cost.
 
-    A context manager. Where stderr is no terminal, whole lines at intervals.
+    A context manager. Where stderr is no terminal, whole lines at intervals. Of several processes
+    only the first one shows it.
 
     Args:
         steps: steps of the whole run.
@@ -118,7 +129,8 @@ class Progress:
 
     def __init__(self, steps: int, first_step: int, *, unit: str, units_per_step: int):
         self._unit, self._units = unit, units_per_step
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and is_primary()
+        self._prints_lines = is_primary() and not self._terminal
         self._shown: dict[str, float] = {}
         self._last_line = time.monotonic()
         self._bar = tqdm(
@@ -138,7 +150,7 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
-        if not self._terminal and self._step != self._printed_step:
+        if self._prints_lines and self._step != self._printed_step:
             self._print_line(time.monotonic())
 
     def show(self, row: Mapping[str, float]) -> None:
@@ -152,7 +164,7 @@ class Progress:
         self._bar.update(self._units)
         now = time.monotonic()
         self._step = step
-        if not self._terminal and now - self._last_line >= PLAIN_INTERVAL:
+        if self._prints_lines and now - self._last_line >= PLAIN_INTERVAL:
             self._print_line(now)
 
     def _print_line(self, now: float) -> None:

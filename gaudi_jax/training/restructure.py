@@ -19,6 +19,7 @@ from gaudi_jax.errors import UserError
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.moments import Moments, carry_moments, estimate_moments
 from gaudi_jax.training.phases import Phase, phases
+from gaudi_jax.training.processes import is_primary
 from gaudi_jax.training.tasks import Task
 from gaudi_jax.training.workdir import write_atomically
 
@@ -100,8 +101,9 @@ def restructure(
     )
     results["compress_seconds"] = time.perf_counter() - start
     results |= _evaluated("compressed", compressed, task, splits)
-    text = json.dumps(plan, indent=2, allow_nan=False)
-    write_atomically(phase.plan_file(workdir), text + "\n")
+    if is_primary():
+        text = json.dumps(plan, indent=2, allow_nan=False)
+        write_atomically(phase.plan_file(workdir), text + "\n")
     compressed.train()
     return Start(compressed, moments and carry_moments(moments, compressed), results)
 

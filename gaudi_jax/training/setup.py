@@ -67,6 +67,8 @@ def check_options(config: ConfigDict) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    if not config.train.stall_seconds > 0:
+        raise UserError(f"train.stall_seconds={config.train.stall_seconds} must be positive")
     _check_numbers(config)
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} is outside [0, 2^32)")

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from gaudi_jax.cost import Cost
 from gaudi_jax.layers import GaudiLinear, Width
 from gaudi_jax.training.controllers import mean_active_width
+from gaudi_jax.training.mesh import replicated, state_shardings
 from gaudi_jax.training.setup import Schedules
 from gaudi_jax.training.tasks import Batch, Metrics, Task
 
@@ -99,7 +101,7 @@ def make_train_step(
     task: Task,
     cost_weights: CostWeights,
     seed: int,
-    sharding: jax.sharding.Sharding,
+    shardings: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted training step; the old state is donated.
 
@@ -114,13 +116,15 @@ def make_train_step(
         task: how a batch becomes a loss.
         cost_weights: of the model's Gaudi layers.
         seed: of augmentation on the device and of dropout.
-        sharding: of the state, which the new state keeps: were it left to the compiler, the second
-            step could be compiled anew, or not use the donated memory.
+        shardings: of the state on one mesh (`state_layout`), which the new state keeps: were it
+            left to the compiler, the second step could be compiled anew, or not use the donated
+            memory.
 
     Returns:
         A function ``(state, batch) -> (state, metrics)``.
     """
     accumulate = task.config.train.accumulate
+    mesh = shardings.step.mesh
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -129,7 +133,8 @@ def make_train_step(
         def loss_fn(params: Arrays, batch: Batch, key: Array) -> tuple[Array, Metrics]:
             model = nnx.merge(graphdef, params, state.other)
             set_sigma(model, sigma)
-            return task.loss(model, batch, key)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return task.loss(model, batch, key)
 
         gradients_of = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, results), gradients = mean_over_parts(
@@ -150,7 +155,17 @@ def make_train_step(
         _, _, other = split_model(model)
         return TrainState(state.step + 1, params, other, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def state_layout(state: TrainState, mesh: Mesh | AbstractMesh) -> Any:
+    """Where each array of a training state lies on a mesh (`gaudi_jax.training.mesh`).
+
+    Args:
+        state: shapes are enough.
+        mesh: with the axes ``data``, ``fsdp`` and ``tensor``.
+    """
+    return TrainState(*(state_shardings(part, mesh) for part in state))
 
 
 def mean_over_parts(
@@ -209,16 +224,16 @@ def structure_metrics(model: nnx.Module, weights: CostWeights) -> Metrics:
 
 
 def make_evaluation_step(
-    graphdef: nnx.GraphDef, task: Task
+    graphdef: nnx.GraphDef, task: Task, mesh: Mesh
 ) -> Callable[[Arrays, Arrays, Batch], Metrics]:
-    """The jitted evaluation step of a model in evaluation mode.
+    """The jitted evaluation step of a model in evaluation mode, on a mesh.
 
     Returns:
         A function ``(params, other, batch) -> sums``, which add up over batches.
     """
 
-    @jax.jit
     def step(params: Arrays, other: Arrays, batch: Batch) -> Metrics:
-        return task.sums(nnx.merge(graphdef, params, other), batch)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return task.sums(nnx.merge(graphdef, params, other), batch)
 
-    return step
+    return jax.jit(step, out_shardings=replicated(mesh))

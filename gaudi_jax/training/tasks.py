@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from gaudi_jax.data.shards import WHOLE, Shard
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.image_task import ImageTask
 from gaudi_jax.training.text_task import TextTask
@@ -46,11 +47,16 @@ class Task(Protocol):
     def save_extras(self, workdir: Path) -> None:
         """Writes into a run's workdir what use of its model takes beside its parameters."""
 
-    def train_batches(self) -> grain.DatasetIterator:
-        """Endless training batches, resumable."""
+    def train_batches(self, shard: Shard = WHOLE) -> grain.DatasetIterator:
+        """Endless training batches, or one part of each, resumable."""
 
-    def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
-        """All of a split ("train", "validation" or "test"), once, in order."""
+    def evaluation_batches(
+        self, split: str, shard: Shard = WHOLE
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """All of a split ("train", "validation" or "test"), once, in order, or parts of it."""
+
+    def abstract_batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a training batch of so many examples."""
 
     def inputs(self, batch: Batch) -> Array:
         """What the model reads of an evaluation batch; traceable."""

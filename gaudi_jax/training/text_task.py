@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from gaudi_jax.data.shards import WHOLE, Shard
 from gaudi_jax.data.text import (
     TextSplits,
     evaluation_windows,
@@ -136,7 +137,7 @@ class TextTask:
         """The tokenizer, in the folder ``tokenizer``."""
         self.splits.tokenizer.save(workdir / TOKENIZER)
 
-    def train_batches(self) -> grain.DatasetIterator:
+    def train_batches(self, shard: Shard = WHOLE) -> grain.DatasetIterator:
         """Endless batches of shuffled windows, resumable."""
         data = self.config.data
         return train_windows(
@@ -144,9 +145,12 @@ class TextTask:
             block=data.block,
             batch_size=data.batch_size,
             seed=self.config.seed,
+            shard=shard,
         )
 
-    def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+    def evaluation_batches(
+        self, split: str, shard: Shard = WHOLE
+    ) -> Iterator[dict[str, np.ndarray]]:
         """All tokens of a split, each predicted once, in order; the last batch is padded."""
         data = self.config.data
         return evaluation_windows(
@@ -154,7 +158,12 @@ class TextTask:
             block=data.block,
             batch_size=data.batch_size // self.config.train.accumulate,
             stride=data.stride or None,
+            shard=shard,
         )
+
+    def abstract_batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Windows with their targets."""
+        return {"tokens": jax.ShapeDtypeStruct((rows, self.config.data.block + 1), jnp.int32)}
 
     def inputs(self, batch: Mapping[str, Array]) -> Array:
         """Token ids, shape (B, block)."""

@@ -18,11 +18,14 @@ NOT_PART_OF_A_RUN = (
     "train.log_every",
     "train.eval_every",
     "train.max_skipped",
+    "train.stall_seconds",
     "checkpoint.every",
     "checkpoint.keep",
     "data.verify",
     "data.cache_dir",
 )
+#: Likewise whole sections: on which devices it runs.
+SECTIONS_NOT_PART_OF_A_RUN = ("mesh.", "distributed.")
 #: Keys that the data decide; only the config of a run that has opened its data has them all.
 DECIDED_BY_DATA = (
     "model.image_size",
@@ -81,7 +84,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
 
     def differs(key: str) -> bool:
         name = key.removeprefix("pretrain.")  # the config of a dense phase is one too
-        if name in NOT_PART_OF_A_RUN:
+        if name in NOT_PART_OF_A_RUN or name.startswith(SECTIONS_NOT_PART_OF_A_RUN):
             return False
         if name in DECIDED_BY_DATA and None in (saved.get(key), own.get(key)):
             return False
@@ -115,8 +118,12 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a part of it
+        raise
 
 
 def _encode(value: Any) -> Any:
