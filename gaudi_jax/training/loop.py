@@ -26,6 +26,7 @@ from gaudi_jax.training.load import abstract_model
 from gaudi_jax.training.metrics import MetricLog, Progress
 from gaudi_jax.training.moments import read_moments, with_moments
 from gaudi_jax.training.phases import Phase, phase_of, phases
+from gaudi_jax.training.profile import StepTrace
 from gaudi_jax.training.restructure import Start, check_phases, restructure
 from gaudi_jax.training.setup import (
     Schedules,
@@ -111,9 +112,20 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
             Progress(
                 config.train.steps, made, unit=task.unit, units_per_step=task.units_per_step
             ) as progress,
+            StepTrace(workdir, **config.profile) as trace,
         ):
             run = _Run(
-                task, workdir, mesh, iterator, schedules, checkpoints, rows, progress, stop, made
+                task,
+                workdir,
+                mesh,
+                iterator,
+                schedules,
+                checkpoints,
+                rows,
+                progress,
+                trace,
+                stop,
+                made,
             )
             # ---- phases: each with its own structure, optimizer state and compiled step ----------
             moments = moments_of(source) if source and is_run(source) and not resumes else None
@@ -184,6 +196,7 @@ class _Run:
     checkpoints: Checkpointer
     rows: MetricLog
     progress: Progress
+    trace: StepTrace
     stop: "_Stop"
     saved_step: int
     skipped: int = 0
@@ -194,9 +207,11 @@ class _Run:
         step_fn, evaluation_fn = self._prepared(graphdef, state, phase)
         started = time.perf_counter()
         for step in range(first + 1, phase.last + 1):
-            batch = put_batch(next(self.iterator), self.mesh)
-            state, metrics = step_fn(state, batch)
             ends = step == phase.last
+            with self.trace.step(step, state, compiles=step == first + 1):
+                batch = put_batch(next(self.iterator), self.mesh)
+                state, metrics = step_fn(state, batch)
+            self.trace.end_step(state, last=ends)
             if step % config.train.log_every == 0 or ends:
                 speed = (step - first) / (time.perf_counter() - started)
                 self._log(step, state, metrics, speed)

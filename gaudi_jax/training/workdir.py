@@ -20,6 +20,8 @@ NOT_PART_OF_A_RUN = (
     "train.max_skipped",
     "checkpoint.every",
     "checkpoint.keep",
+    "profile.first",
+    "profile.steps",
     "data.verify",
     "data.cache_dir",
 )
