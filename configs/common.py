@@ -173,6 +173,8 @@ def base_config() -> ConfigDict:
         }
     )
     config.checkpoint = ConfigDict({"every": 200, "keep": 2})
+    # So many steps (0 for none) after first are traced: what ran when, for TensorBoard and xprof.
+    config.profile = ConfigDict({"first": 0, "steps": 0})
     return config
 
 

@@ -52,3 +52,15 @@ def stop_at(monkeypatch, step):
         advance(self, current)
 
     monkeypatch.setattr(Progress, "advance", advance_and_stop)
+
+
+def traced_steps(workdir):
+    """The steps of the only trace in a workdir, as it tells them."""
+    (file,) = (workdir / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb")
+    return sorted(
+        int(dict(event.stats)["step_num"])
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    )

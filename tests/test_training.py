@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import shutil
 
@@ -15,7 +16,14 @@ from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.step import CostWeights, structure_metrics
 from gaudi_jax.training.tasks import open_task
-from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
+from tests.runs import (
+    assert_same,
+    parameters,
+    rows_without_time,
+    stop_at,
+    tiny_config,
+    traced_steps,
+)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +230,20 @@ def test_what_does_not_define_a_run_may_change_when_it_goes_on(finished, tmp_pat
     config.train.update(log_every=5, eval_every=3)
     config.checkpoint.update(every=3, keep=9)
     config.evaluate_checkpoint = "best"
+    config.profile.update(first=1, steps=2)
     assert loop.train(config, tmp_path / "run")
+
+
+def test_chosen_steps_are_traced_and_the_run_stays_the_same(finished, tmp_path, caplog):
+    assert not (finished / "tensorboard" / "plugins").exists()
+    caplog.set_level(logging.INFO, "gaudi_jax")
+    config = tiny_config()
+    config.profile.steps = 2
+    assert loop.train(config, tmp_path)
+    assert traced_steps(tmp_path) == [2, 3]  # the first one compiles
+    assert "trace of steps 2 to 3 in" in caplog.text
+    assert f"--logdir={tmp_path / 'tensorboard'}" in caplog.text
+    assert_same(parameters(tmp_path), parameters(finished))
 
 
 def test_layers_of_attention_and_mlp_are_chosen_apart():

@@ -31,6 +31,7 @@ from gaudi_jax.training.metrics import MetricLog, Progress
 from gaudi_jax.training.moments import read_moments, with_moments
 from gaudi_jax.training.phases import Phase, phase_of, phases
 from gaudi_jax.training.processes import from_primary, is_primary, on_host, wait_for_all
+from gaudi_jax.training.profile import StepTrace
 from gaudi_jax.training.restructure import Start, check_phases, restructure
 from gaudi_jax.training.setup import (
     Schedules,
@@ -124,6 +125,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                 config.train.steps, made, unit=task.unit, units_per_step=task.units_per_step
             ) as progress,
             StallWatch(workdir, config.train.stall_seconds) as watch,
+            StepTrace(workdir, **config.profile) as trace,
         ):
             run = _Run(
                 task,
@@ -134,8 +136,9 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                 checkpoints,
                 rows,
                 progress,
-                stop,
                 watch,
+                trace,
+                stop,
                 made,
             )
             # ---- phases: each with its own structure, optimizer state and compiled step ----------
@@ -218,8 +221,9 @@ class _Run:
     checkpoints: Checkpointer
     rows: MetricLog
     progress: Progress
-    stop: "_Stop"
     watch: StallWatch
+    trace: StepTrace
+    stop: "_Stop"
     saved_step: int
     skipped: int = 0
 
@@ -229,11 +233,13 @@ class _Run:
         step_fn, evaluation_fn = self._prepared(graphdef, state, phase)
         started = time.perf_counter()
         for step in range(first + 1, phase.last + 1):
-            self.watch.note(step, "reading data")
-            batch = put_batch(next(self.iterator), self.mesh)
-            self.watch.note(step, "computing")
-            state, metrics = step_fn(state, batch)
             ends = step == phase.last
+            with self.trace.step(step, state, compiles=step == first + 1):
+                self.watch.note(step, "reading data")
+                batch = put_batch(next(self.iterator), self.mesh)
+                self.watch.note(step, "computing")
+                state, metrics = step_fn(state, batch)
+            self.trace.end_step(state, last=ends)
             if step % config.train.log_every == 0 or ends:
                 speed = (step - first) / (time.perf_counter() - started)
                 self._log(step, state, metrics, speed)

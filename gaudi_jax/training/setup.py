@@ -50,7 +50,7 @@ class Schedules(NamedTuple):
 
 
 def check_options(config: ConfigDict) -> None:
-    """Checks the seed, the numbers that say how often something is done, and what is evaluated.
+    """Checks the seed, how often something is done, which steps are traced, what is evaluated.
 
     Raises:
         UserError: one of them is out of range or unknown, or any number of the config is NaN.
@@ -70,6 +70,15 @@ def check_options(config: ConfigDict) -> None:
     if not config.train.stall_seconds > 0:
         raise UserError(f"train.stall_seconds={config.train.stall_seconds} must be positive")
     _check_numbers(config)
+    first, traced = config.profile.first, config.profile.steps
+    for name, value in {"profile.first": first, "profile.steps": traced}.items():
+        if value < 0:
+            raise UserError(f"{name}={value} must not be negative")
+    if traced and max(first, 1) + traced > config.train.steps:
+        raise UserError(
+            f"profile.first={first} and profile.steps={traced} ask for more than the "
+            f"{config.train.steps} steps of train.steps, of which the first compiles; lower them"
+        )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} is outside [0, 2^32)")
     if config.evaluate_checkpoint not in ("last", "best", "packed"):

@@ -21,6 +21,8 @@ NOT_PART_OF_A_RUN = (
     "train.stall_seconds",
     "checkpoint.every",
     "checkpoint.keep",
+    "profile.first",
+    "profile.steps",
     "data.verify",
     "data.cache_dir",
 )
