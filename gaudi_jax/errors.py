@@ -1,5 +1,6 @@
 """The one exception for mistakes that a user can mend, and how commands tell of it."""
 
+import gc
 import sys
 from collections.abc import Callable
 
@@ -34,8 +35,12 @@ def exit_status(command: Callable[[], object]) -> int:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    else:
+        return 0
+    # The error and its frames hold each other, and with them the last batches: in shared memory,
+    # which Python complains about at exit, in several lines, unless they are freed before.
+    gc.collect()
+    return 1
 
 
 def reason(error: Exception) -> str:

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from gaudi_jax.data.augment import random_crop, random_resized_crop, resize, resize_and_crop
-from gaudi_jax.data.images import Example, ImageSource
-from gaudi_jax.data.rand_augment import GREATEST, rand_augment
+from gaudi_jax.data.augment import resize_and_crop, training_image
+from gaudi_jax.data.images import Example, ImageSource, as_pictures
+from gaudi_jax.data.rand_augment import GREATEST
 from gaudi_jax.errors import UserError
 
 #: Small images are made faster than threads hand them over; workers are there for large ones.
@@ -84,7 +85,7 @@ def train_batches(
         magnitude=magnitude,
     )
     dataset = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.source(as_pictures(source))
         .seed(seed)
         .shuffle()
         .repeat()
@@ -131,7 +132,7 @@ def evaluation_batches(
     _check_shared_options(batch_size, image_size, workers)
     prepare = partial(_prepare, size=image_size, crop_fraction=crop_fraction)
     dataset = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.source(as_pictures(source))
         .map(prepare)
         .batch(batch_size, drop_remainder=False)
         .to_iter_dataset(_READ_OPTIONS)
@@ -161,27 +162,8 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
-def _augment(
-    example: Example,
-    rng: np.random.Generator,
-    *,
-    size: int,
-    padding: int,
-    least_area: float,
-    flip: bool,
-    magnitude: float,
-) -> Example:
-    image = example["image"]
-    if least_area:
-        image = random_resized_crop(image, size, least_area, rng)
-    else:
-        image = resize(image, size)
-        if padding or image.shape[:2] != (size, size):
-            image = random_crop(image, size, padding, rng)
-    if flip and rng.random() < 0.5:
-        image = np.ascontiguousarray(image[:, ::-1])
-    if magnitude:
-        image = rand_augment(image, magnitude, rng)
+def _augment(example: Example, rng: np.random.Generator, **options: Any) -> Example:
+    image = training_image(example["image"], rng, **options)
     return {"image": image, "label": np.int32(example["label"])}
 
 
