@@ -133,12 +133,16 @@ def test_a_batch_that_the_devices_cannot_share_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_vanishes_in_mid_run_is_one_sentence(workers, tmp_path):
-    for number in range(80):
-        path = tmp_path / "images" / "train" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8), number).save(path)
+@pytest.mark.parametrize(
+    ("workers", "split"), [(0, "train"), (1, "train"), (2, "train"), (2, "validation")]
+)
+def test_an_image_that_vanishes_in_mid_run_is_one_sentence(workers, split, tmp_path):
+    for name in ("train", "validation"):
+        for number in range(80):
+            path = tmp_path / "images" / name / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), number).save(path)
+    path = tmp_path / "images" / split / "b" / "79.png"
     workdir = tmp_path / "run"
     process = subprocess.Popen(
         [
@@ -150,6 +154,7 @@ def test_an_image_that_vanishes_in_mid_run_is_one_sentence(workers, tmp_path):
             "--config.data.batch_size=16",
             "--config.train.steps=100000",
             "--config.train.log_every=1",
+            "--config.train.eval_every=20",
             f"--workdir={workdir}",
         ],
         cwd=ROOT,

@@ -115,9 +115,13 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """Image files, read as RGB when they are asked for: as arrays, or as Pillow's pictures."""
+    """Image files, read as RGB when they are asked for: as arrays, or as Pillow's pictures.
 
-    paths: Sequence[Path]
+    Paths are strings: every worker process receives a copy, and unpickling a million `Path`s takes
+    it some seconds.
+    """
+
+    paths: Sequence[str]
     labels: Sequence[int]
     pictures: bool = False
 
@@ -193,7 +197,7 @@ def as_pictures(source: ImageSource) -> ImageSource:
     return source
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: str | Path) -> np.ndarray:
     """Reads an image file as RGB, uint8 (H, W, 3).
 
     Raises:
@@ -202,7 +206,7 @@ def read_image(path: Path) -> np.ndarray:
     return np.asarray(read_picture(path))
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: str | Path) -> Image.Image:
     """Reads an image file as RGB.
 
     Raises:
@@ -213,7 +217,8 @@ def read_picture(path: Path) -> Image.Image:
             if image.mode.startswith("I;16"):  # convert would clip all but the darkest to white
                 gray = (np.asarray(image) >> 8).astype(np.uint8)
                 return Image.fromarray(gray).convert("RGB")
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
     except FileNotFoundError as error:
         raise UserError(
             f"the image {path} is gone since its folder was listed; put it back and run the same "
@@ -295,13 +300,14 @@ def _list_files(folder: Path, class_names: tuple[str, ...]) -> FileSource:
     unknown = sorted(present - set(class_names))
     if unknown:
         raise UserError(f"{folder / unknown[0]} is a class that the training images do not have")
-    paths, labels = [], []
+    paths: list[str] = []
+    labels: list[int] = []
     for label, name in enumerate(class_names):
         directory = folder / name
         files = sorted(p for p in directory.glob("*") if p.is_file() and p.name[0] != ".")
         if not files and name in present:
             raise UserError(f"class folder {directory} is empty; add images or remove it")
-        paths += files
+        paths += map(str, files)
         labels += [label] * len(files)
     if not paths:
         raise UserError(f"{folder} holds no images; put them in {folder}/<class>/")
