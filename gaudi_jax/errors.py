@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -38,8 +39,10 @@ def exit_status(command: Callable[[], object]) -> int:
     else:
         return 0
     # The error and its frames hold each other, and with them the last batches: in shared memory,
-    # which Python complains about at exit, in several lines, unless they are freed before.
+    # which Python complains about at exit, in several lines, unless they are freed before. Grain
+    # frees them in a thread of its own.
     gc.collect()
+    time.sleep(0.2)
     return 1
 
 
