@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.report import summary_table, write_report
 from gaudi_jax.training.loop import train
-from gaudi_jax.training.processes import is_primary, start_processes
+from gaudi_jax.training.processes import is_primary, leave_at_once, start_processes
 from gaudi_jax.training.workdir import check_workdir
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_vit_gaudi.py"
@@ -31,7 +31,10 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_vit_gaudi.py"
 
 def main(argv: list[str]) -> int:
     """Runs the config of a command line; returns the exit status."""
-    return exit_status(lambda: run(argv))
+    status = exit_status(lambda: run(argv))
+    if status:
+        leave_at_once(status)
+    return status
 
 
 def run(argv: list[str]) -> None:

@@ -49,6 +49,7 @@ def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
     if processes > 1:
         command.append(f"--config.distributed.coordinator_address=localhost:{port}")
         command.append(f"--config.distributed.num_processes={processes}")
+        command.append("--config.distributed.heartbeat_timeout_seconds=10")
     started = []
     for number in range(processes):
         own = [f"--config.distributed.process_id={number}"] if processes > 1 else []

@@ -70,7 +70,8 @@ def abstract_step(config: Any, mesh: Any) -> Step:
     graphdef, params, other = split_model(model)
     optimizer = build_optimizer(task.config, model, schedules)
     opt_state = jax.eval_shape(optimizer.init, params)
-    state = TrainState(jax.ShapeDtypeStruct((), np.int32), params, other, opt_state)
+    step_count: Any = jax.ShapeDtypeStruct((), np.int32)
+    state = TrainState(step_count, params, other, opt_state)
     layout = state_layout(state, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout

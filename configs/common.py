@@ -79,7 +79,12 @@ def base_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     # Processes, where neither Cloud TPUs nor srun nor mpirun tell (gaudi_jax.training.processes).
     config.distributed = ConfigDict(
-        {"coordinator_address": "", "num_processes": -1, "process_id": -1}
+        {
+            "coordinator_address": "",
+            "num_processes": -1,
+            "process_id": -1,
+            "heartbeat_timeout_seconds": 100,
+        }
     )
 
     config.data = ConfigDict(

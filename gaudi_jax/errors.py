@@ -1,7 +1,9 @@
 """The one exception for mistakes that a user can mend, and how commands tell of it."""
 
 import errno
+import gc
 import sys
+import time
 from collections.abc import Callable
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -39,7 +41,6 @@ def exit_status(command: Callable[[], object]) -> int:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -48,8 +49,14 @@ def exit_status(command: Callable[[], object]) -> int:
             "or choose another place; what was saved before is kept",
             file=sys.stderr,
         )
-        return 1
-    return 0
+    else:
+        return 0
+    # The error and its frames hold each other, and with them the last batches: in shared memory,
+    # which Python complains about at exit, in several lines, unless they are freed before. Grain
+    # frees them in a thread of its own.
+    gc.collect()
+    time.sleep(0.2)
+    return 1
 
 
 def reason(error: Exception) -> str:

@@ -32,6 +32,31 @@ def test_evaluation_crop_is_that_of_the_published_recipes():
     np.testing.assert_array_equal(cropped, expected)
 
 
+@pytest.mark.parametrize("least_area", [0.0, 0.3])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_and_pictures_become_the_same_training_images(least_area, channels):
+    image = pixel_noise(30, 40, channels)
+
+    def make(image, **options):
+        images = [
+            augment.training_image(
+                image, np.random.default_rng(seed), size=16, least_area=least_area, **options
+            )
+            for seed in range(12)
+        ]
+        return np.stack(images)
+
+    options = {"flip": True, "magnitude": 9.0}
+    images = make(image, **options)
+    assert (images.shape, images.dtype) == ((12, 16, 16, channels), np.uint8)
+    np.testing.assert_array_equal(images, make(augment.as_picture(image), **options))
+    # The crop is drawn first: with mirroring alone, some are mirrored and all are otherwise equal.
+    plain, mirrored = make(image), make(image, flip=True)
+    same = (plain == mirrored).all(axis=(1, 2, 3))
+    assert 0 < same.sum() < 12
+    np.testing.assert_array_equal(plain[~same], mirrored[~same][:, :, ::-1])
+
+
 def batch(count=5, height=24, width=10):
     images = jnp.arange(float(count))[:, None, None, None] * jnp.ones((count, height, width, 2))
     return images, jax.nn.one_hot(jnp.arange(count), count)

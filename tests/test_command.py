@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from absl import flags
+from PIL import Image
 
 import main
 from gaudi_jax.errors import UserError
@@ -129,6 +130,47 @@ def test_compiled_programs_are_kept_where_the_config_says(tmp_path, monkeypatch)
 def test_a_batch_that_the_devices_cannot_share_is_named(tmp_path):
     result = command("--config.data.batch_size=60", f"--workdir={tmp_path / 'run'}", devices=8)
     assert_one_sentence(result, "batch_size=60 cannot be split over 8 devices")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "split"), [(0, "train"), (1, "train"), (2, "train"), (2, "validation")]
+)
+def test_an_image_that_vanishes_in_mid_run_is_one_sentence(workers, split, tmp_path):
+    for name in ("train", "validation"):
+        for number in range(80):
+            path = tmp_path / "images" / name / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), number).save(path)
+    path = tmp_path / "images" / split / "b" / "79.png"
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "main.py",
+            "--config=configs/digits_vit_gaudi.py:smoke",
+            f"--config.data.name=folder:{tmp_path / 'images'}",
+            f"--config.data.workers={workers}",
+            "--config.data.batch_size=16",
+            "--config.train.steps=100000",
+            "--config.train.log_every=1",
+            "--config.train.eval_every=20",
+            f"--workdir={workdir}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not read_metrics(workdir):
+        time.sleep(0.05)
+    path.unlink()
+    _, printed = process.communicate(timeout=300)
+    assert process.returncode == 1
+    told = printed.partition("error: ")[2]
+    assert told.startswith(f"the image {path} is gone"), printed
+    assert told.count("\n") == 1
+    assert "Traceback" not in printed
 
 
 KILLED = (

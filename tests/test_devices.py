@@ -52,7 +52,12 @@ for workdir, shape, stop in runs:
     assert loop.train(config, workdir)
     write_report(workdir)
 """
-ALONE = {"coordinator_address": "", "num_processes": -1, "process_id": -1}
+ALONE = {
+    "coordinator_address": "",
+    "num_processes": -1,
+    "process_id": -1,
+    "heartbeat_timeout_seconds": 100,
+}
 
 
 def start(runs, *, devices, distributed=ALONE):
@@ -79,7 +84,8 @@ def run(runs, *, devices=8, processes=1):
             start(
                 runs,
                 devices=devices // processes,
-                distributed={
+                distributed=ALONE
+                | {
                     "coordinator_address": address,
                     "num_processes": processes,
                     "process_id": number,
@@ -245,7 +251,7 @@ def test_processes_that_cannot_find_each_other(monkeypatch, options, environment
 
 def test_what_a_launcher_says_is_used(monkeypatch):
     found = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: found.append(args))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **known: found.append(known))
     start_processes(ConfigDict(ALONE))
     assert found == []  # nothing to join
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
@@ -253,4 +259,5 @@ def test_what_a_launcher_says_is_used(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
     start_processes(ConfigDict(ALONE))
     start_processes(ConfigDict(ALONE | {"coordinator_address": "node1:1234"}))
-    assert found == [(), ("node1:1234", 2, 1)]
+    addresses = [(known["coordinator_address"], known["process_id"]) for known in found]
+    assert addresses == [(None, None), ("node1:1234", 1)]

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gaudi_jax.data.images import load_images, read_image
+from gaudi_jax.data.images import as_pictures, load_images, read_image
 from gaudi_jax.errors import UserError
 
 
@@ -168,6 +168,40 @@ def test_prepared_tfds_sets_are_read_without_tensorflow(tfds_directory):
     np.testing.assert_array_equal(
         pickle.loads(pickle.dumps(splits.train))[0]["image"], example["image"]
     )
+
+
+def test_a_tfds_file_that_vanishes_is_named(tfds_directory):
+    TinyShades(data_dir=tfds_directory, file_format="array_record").download_and_prepare()
+    source = load_images("tfds:tiny_shades").train
+    (file,) = tfds_directory.rglob("*train.array_record*")
+    file.unlink()
+    with pytest.raises(
+        UserError, match=rf"cannot read example .*tiny_shades.*{file.name}.*restore"
+    ):
+        source[0]
+
+
+def test_an_image_file_that_vanishes_is_named(folder):
+    source = load_images(f"folder:{folder}").train
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    for images in (source, as_pictures(source)):
+        with pytest.raises(UserError, match=r"the image .*\.png is gone .* put it back"):
+            images[0]
+
+
+def test_pictures_are_the_same_images_as_arrays(folder):
+    rng = np.random.default_rng(0)
+    gray = rng.integers(0, 65536, (5, 9), dtype=np.uint16)
+    Image.fromarray(gray).save(folder / "train" / "cat" / "0.png")
+    Image.fromarray((gray >> 8).astype(np.uint8)).save(folder / "train" / "dog" / "0.jpg")
+    source = load_images(f"folder:{folder}", validation_fraction=0.1).train
+    pictures = as_pictures(source)
+    assert len(pictures) == len(source)
+    for index in range(len(source)):
+        assert isinstance(pictures[index]["image"], Image.Image)
+        np.testing.assert_array_equal(np.asarray(pictures[index]["image"]), source[index]["image"])
+        assert pictures[index]["label"] == source[index]["label"]
 
 
 def test_an_unprepared_tfds_set_is_an_error_and_is_not_downloaded(tfds_directory):

@@ -6,22 +6,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
+
+from gaudi_jax.data.rand_augment import rand_augment
 
 #: Width over height of random parts of an image, and how often a part is drawn that does not fit.
 PROPORTIONS, ATTEMPTS = (3 / 4, 4 / 3), 10
 #: Share of the image's area, and height over width, of the box that random erasing fills.
 ERASED_AREA, ERASED_PROPORTIONS = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
-# ---- on the host: numpy arrays, uint8 (H, W, C) ----
+# ---- on the host: numpy arrays, uint8 (H, W, C), or Pillow's pictures ----
+
+
+def training_image(
+    image: UInt8[np.ndarray, "H W C"] | Image.Image,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    padding: int = 0,
+    least_area: float = 0.0,
+    flip: bool = False,
+    magnitude: float = 0.0,
+) -> UInt8[np.ndarray, "size size C"]:
+    """All random changes of one image; large ones stay Pillow's until the last is made.
+
+    Args:
+        image: the image.
+        rng: source of all choices.
+        size: side of the result in pixels.
+        padding: of `random_crop`, which is made of the resized image where `least_area` is 0.
+        least_area: of `random_resized_crop`.
+        flip: mirror half of the images.
+        magnitude: of `rand_augment`; 0 for none.
+
+    Example:
+        >>> import numpy as np
+        >>> from gaudi_jax.data.augment import training_image
+        >>> image = np.zeros((40, 60, 3), np.uint8)
+        >>> training_image(image, np.random.default_rng(0), size=32, flip=True).shape
+        (32, 32, 3)
+    """
+    if least_area:
+        image = random_resized_crop(as_picture(image), size, least_area, rng)
+    else:
+        pixels = resize(image, size)
+        crop = padding or pixels.shape[:2] != (size, size)
+        image = random_crop(pixels, size, padding, rng) if crop else pixels
+    if flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image) if isinstance(image, Image.Image) else image[:, ::-1]
+    if magnitude:
+        image = rand_augment(as_picture(image), magnitude, rng)
+    return as_pixels(image)
+
+
+def as_picture(image: UInt8[np.ndarray, "H W C"] | Image.Image) -> Image.Image:
+    """An image as Pillow's; one channel is grey."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def as_pixels(image: UInt8[np.ndarray, "H W C"] | Image.Image) -> UInt8[np.ndarray, "H W C"]:
+    """An image as an array with channels."""
+    return np.atleast_3d(np.asarray(image))
 
 
 def resize(
-    image: UInt8[np.ndarray, "H W C"], shorter: int
+    image: UInt8[np.ndarray, "H W C"] | Image.Image, shorter: int
 ) -> UInt8[np.ndarray, "new_height new_width C"]:
     """Resizes the shorter side to ``shorter`` pixels (bicubic) and keeps the proportions.
 
-    An image that fits already is returned as it is.
+    An array that fits already is returned as it is.
 
     Example:
         >>> import numpy as np
@@ -29,18 +84,16 @@ def resize(
         >>> resize(np.zeros((40, 60, 3), np.uint8), 20).shape
         (20, 30, 3)
     """
-    height, width, channels = image.shape
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     if min(height, width) == shorter:
-        return image
+        return as_pixels(image)
     scale = shorter / min(height, width)
     new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
-    pixels = image[..., 0] if channels == 1 else image
-    resized = Image.fromarray(pixels).resize(new_size, Image.Resampling.BICUBIC)
-    return np.atleast_3d(np.asarray(resized))
+    return as_pixels(as_picture(image).resize(new_size, Image.Resampling.BICUBIC))
 
 
 def resize_and_crop(
-    image: UInt8[np.ndarray, "H W C"], size: int, crop_fraction: float = 1.0
+    image: UInt8[np.ndarray, "H W C"] | Image.Image, size: int, crop_fraction: float = 1.0
 ) -> UInt8[np.ndarray, "size size C"]:
     """Resizes the shorter side to ``size / crop_fraction`` and crops the centre.
 
@@ -75,8 +128,8 @@ def random_crop(
 
 
 def random_resized_crop(
-    image: UInt8[np.ndarray, "H W C"], size: int, least_area: float, rng: np.random.Generator
-) -> UInt8[np.ndarray, "size size C"]:
+    picture: Image.Image, size: int, least_area: float, rng: np.random.Generator
+) -> Image.Image:
     """A random part of an image, of random area and proportions, resized to a square (bicubic).
 
     The area is uniform between a share of the image's and all of it, the proportions log-uniform
@@ -84,23 +137,22 @@ def random_resized_crop(
     within these proportions is taken.
 
     Args:
-        image: the image.
+        picture: the image.
         size: side of the result in pixels.
         least_area: the smallest share, in (0, 1].
         rng: source of all choices.
 
     Example:
         >>> import numpy as np
+        >>> from PIL import Image
         >>> from gaudi_jax.data.augment import random_resized_crop
-        >>> image = np.zeros((40, 60, 3), np.uint8)
-        >>> random_resized_crop(image, 32, 0.08, np.random.default_rng(0)).shape
-        (32, 32, 3)
+        >>> picture = Image.new("RGB", (60, 40))
+        >>> random_resized_crop(picture, 32, 0.08, np.random.default_rng(0)).size
+        (32, 32)
     """
-    top, left, height, width = _random_part(image.shape[0], image.shape[1], least_area, rng)
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    top, left, height, width = _random_part(picture.height, picture.width, least_area, rng)
     part = (left, top, left + width, top + height)
-    resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=part)
-    return np.atleast_3d(np.asarray(resized))
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=part)
 
 
 def _random_part(

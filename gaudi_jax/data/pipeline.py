@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from gaudi_jax.data.augment import random_crop, random_resized_crop, resize, resize_and_crop
-from gaudi_jax.data.images import Example, ImageSource
-from gaudi_jax.data.rand_augment import GREATEST, rand_augment
+from gaudi_jax.data.augment import resize_and_crop, training_image
+from gaudi_jax.data.images import Example, ImageSource, as_pictures
+from gaudi_jax.data.rand_augment import GREATEST
 from gaudi_jax.data.shards import WHOLE, Shard, batched, part_size
 from gaudi_jax.errors import UserError
 
@@ -88,7 +89,8 @@ def train_batches(
         flip=flip,
         magnitude=magnitude,
     )
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
+    images = grain.MapDataset.source(as_pictures(source)).seed(seed).shuffle().repeat()
+    examples = images.random_map(augment)
     batches = batched(examples, batch_size, shard, drop_remainder=True)
     return iter(_with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers))
 
@@ -130,14 +132,14 @@ def evaluation_batches(
         raise UserError(f"data.crop_fraction={crop_fraction} is outside (0, 1]")
     _check_shared_options(batch_size, image_size, workers)
     prepare = partial(_prepare, size=image_size, crop_fraction=crop_fraction)
-    images = grain.MapDataset.source(source).map(prepare)
+    images = grain.MapDataset.source(as_pictures(source)).map(prepare)
     batches = batched(images, batch_size, shard, drop_remainder=False)
     rows = part_size(batch_size, shard)
     for batch in _with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers):
         yield _padded(batch, rows)
     # Every process gives a part of every batch, also where the images have come to their end.
     if len(batches) < math.ceil(len(source) / batch_size):
-        one = prepare(source[0])
+        one = prepare(as_pictures(source)[0])
         none = {name: np.asarray(value)[None][:0] for name, value in one.items()}
         yield _padded(none, rows)
 
@@ -167,27 +169,8 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
-def _augment(
-    example: Example,
-    rng: np.random.Generator,
-    *,
-    size: int,
-    padding: int,
-    least_area: float,
-    flip: bool,
-    magnitude: float,
-) -> Example:
-    image = example["image"]
-    if least_area:
-        image = random_resized_crop(image, size, least_area, rng)
-    else:
-        image = resize(image, size)
-        if padding or image.shape[:2] != (size, size):
-            image = random_crop(image, size, padding, rng)
-    if flip and rng.random() < 0.5:
-        image = np.ascontiguousarray(image[:, ::-1])
-    if magnitude:
-        image = rand_augment(image, magnitude, rng)
+def _augment(example: Example, rng: np.random.Generator, **options: Any) -> Example:
+    image = training_image(example["image"], rng, **options)
     return {"image": image, "label": np.int32(example["label"])}
 
 

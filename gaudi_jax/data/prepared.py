@@ -1,12 +1,44 @@
 """TensorFlow Datasets that are prepared on this machine, read without TensorFlow."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gaudi_jax.errors import UserError
+from gaudi_jax.errors import UserError, reason
 
 
-def open_prepared(name: str) -> tuple[Any, Mapping[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+    """A split of a prepared set, read when it is asked for.
+
+    Attributes:
+        name: of the set, for messages.
+        examples: what TensorFlow Datasets reads.
+    """
+
+    name: str
+    examples: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.examples[index]
+        except IndexError:
+            raise
+        # Files that are gone or damaged, of any format, found in the middle of a run.
+        except Exception as error:
+            raise UserError(
+                f"cannot read example {index} of tfds:{self.name} ({reason(error)}); restore its "
+                "files and run the same command again"
+            ) from error
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+
+def open_prepared(name: str) -> tuple[Any, Mapping[str, PreparedSource]]:
     """A prepared set: its `tfds.core.DatasetInfo`, and a random-access source for each split.
 
     Raises:
@@ -28,8 +60,9 @@ def open_prepared(name: str) -> tuple[Any, Mapping[str, Any]]:
         sources = tfds.data_source(name, download=False)
     except Exception as error:
         # Many kinds of errors, from unknown names to missing files, and some with long texts.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot open the data set tfds:{name} ({reason}); {remedy}") from error
+        raise UserError(
+            f"cannot open the data set tfds:{name} ({reason(error)}); {remedy}"
+        ) from error
     if not sources:
         raise UserError(f"the data set tfds:{name} is not prepared; {remedy}")
-    return info, sources
+    return info, {split: PreparedSource(name, source) for split, source in sources.items()}

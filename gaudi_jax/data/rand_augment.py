@@ -11,7 +11,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
 #: Operations that are drawn for an image, the chance that one is made, and the standard deviation
@@ -39,23 +38,21 @@ class Strength(NamedTuple):
 Operation = Callable[[Image.Image, Strength], Image.Image]
 
 
-def rand_augment(
-    image: UInt8[np.ndarray, "H W C"], magnitude: float, rng: np.random.Generator
-) -> UInt8[np.ndarray, "H W C"]:
+def rand_augment(picture: Image.Image, magnitude: float, rng: np.random.Generator) -> Image.Image:
     """An image after random operations.
 
     Args:
-        image: of one or three channels.
+        picture: of mode "RGB" or "L".
         magnitude: mean strength, from 0 to 10.
         rng: source of all choices.
 
     Example:
         >>> import numpy as np
+        >>> from PIL import Image
         >>> from gaudi_jax.data.rand_augment import rand_augment
-        >>> rand_augment(np.zeros((8, 8, 3), np.uint8), 9.0, np.random.default_rng(0)).shape
-        (8, 8, 3)
+        >>> rand_augment(Image.new("RGB", (8, 8)), 9.0, np.random.default_rng(0)).size
+        (8, 8)
     """
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     names = list(OPERATIONS)
     for index in rng.integers(len(names), size=DRAWN):
         if rng.random() < CHANCE:
@@ -65,7 +62,7 @@ def rand_augment(
                 rng.choice([Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
             )
             picture = OPERATIONS[names[index]](picture, Strength(share, sign, resample))
-    return np.asarray(picture).reshape(image.shape)
+    return picture
 
 
 def _affine(picture: Image.Image, strength: Strength, matrix: tuple[float, ...]) -> Image.Image:

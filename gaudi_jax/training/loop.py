@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -106,6 +106,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
             return False
         initialise(model, source, config)
     with (
+        closing(iterator),  # ends its processes, also when one of them raised an error
         Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         _stop_on_sigterm() as stop,
     ):

@@ -6,6 +6,7 @@ reports; all of them write checkpoints, and so all must see the same workdir.
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def start_processes(options: ConfigDict) -> None:
 
     Args:
         options: ``config.distributed``: ``coordinator_address`` ("HOST:PORT" of process 0, empty to
-            find it), ``num_processes`` and ``process_id`` (-1 for what the launcher says).
+            find it), ``num_processes`` and ``process_id`` (-1 for what the launcher says), and
+            ``heartbeat_timeout_seconds``, after which a process that is not heard from counts as
+            dead, and the others end.
 
     Raises:
         UserError: a number is out of range or not known, or the processes do not find each other.
@@ -55,10 +58,12 @@ def start_processes(options: ConfigDict) -> None:
     if not address and not (count > 1 if found else _on_tpu()):
         return
     try:
-        if address:
-            jax.distributed.initialize(address, count, own)
-        else:
-            jax.distributed.initialize()
+        jax.distributed.initialize(
+            coordinator_address=address or None,
+            num_processes=count if address else None,
+            process_id=own if address else None,
+            heartbeat_timeout_seconds=options.heartbeat_timeout_seconds,
+        )
     # JAX raises many kinds of errors, from gRPC's to those of metadata servers.
     except Exception as error:
         raise UserError(
@@ -76,6 +81,17 @@ def _on_tpu() -> bool:
         and importlib.util.find_spec("libtpu") is not None
         and any(device.exists() for device in devices)
     )
+
+
+def leave_at_once(status: int) -> None:
+    """Ends this process if it is one of several; a clean end would wait for the others.
+
+    They wait for this one. When it is gone, JAX ends them too.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def is_primary() -> bool:
