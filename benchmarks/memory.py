@@ -87,17 +87,17 @@ def abstract_step(config: Any, mesh: Any) -> Step:
     return Step(function, state, batch, estimate_memory(graphdef, state, task, mesh))
 
 
-def lower(config: Any, shape: tuple[int, int, int], platform: str) -> Any:
-    """The training step, lowered for abstract devices of a platform ("tpu" or "cuda")."""
-    import jax
-    from jax.sharding import AxisType
+def lower(config: Any, shape: tuple[int, int, int], platforms: tuple[str, ...]) -> dict[str, str]:
+    """The training step as StableHLO for abstract devices of platforms ("tpu" or "cuda")."""
+    from jax.sharding import AbstractMesh, AxisType
 
     from gaudi_jax.training.mesh import AXES
 
-    mesh = jax.sharding.AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    step = abstract_step(config, mesh)
+    step = abstract_step(config, AbstractMesh(shape, AXES, (AxisType.Auto,) * len(AXES)))
     traced = step.function.trace(step.state, step.batch)
-    return traced.lower(lowering_platforms=(platform,))
+    return {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms
+    }
 
 
 def main() -> None:
@@ -126,9 +126,9 @@ def main() -> None:
         f"temporaries {_gib(planned.temp_size_in_bytes)}",
         flush=True,
     )
-    for platform in ("tpu", "cuda"):
-        lowered = lower(config, mesh_shape(sizes, args.devices), platform)
-        print(f"lowered for {platform}: {len(lowered.as_text()) / 1e6:.1f} MB of StableHLO")
+    lowered = lower(config, mesh_shape(sizes, args.devices), ("tpu", "cuda"))
+    for platform, text in lowered.items():
+        print(f"lowered for {platform}: {len(text) / 1e6:.1f} MB of StableHLO")
 
 
 def _gib(size: int) -> str:
