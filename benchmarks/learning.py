@@ -81,7 +81,7 @@ def tasks(text: str) -> dict[str, Task]:
     }
 
 
-SEARCH = "Gaudi, search"
+SEARCH, GRID = "Gaudi, search", "Gaudi, search, grid 1/8"
 MATCHED = "low-rank, matched to Gaudi, search"
 FROZEN = (
     "--config.optimizer.structural_learning_rate=0.0",
@@ -117,7 +117,7 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
             (f"--config.controller.target={task.paper_targets[budget]}",),
         ),
         SEARCH: (search, ()),
-        "Gaudi, search, grid 1/8": (
+        GRID: (
             search,
             (f"--config.compress.granularity={task.width // 8}",),
         ),
@@ -210,10 +210,40 @@ def table(rows: Sequence[Row], measure: str) -> str:
     return tabulate(lines, (*headers, "cost", "seconds"), tablefmt="github")
 
 
+def paired_table(rows: Sequence[Row]) -> str:
+    """What matched low-rank layers lose against Gaudi layers of the same seed."""
+    measures = [
+        f"{split}_{measure}"
+        for measure in ("loss", "accuracy")
+        for split in ("validation", "test")
+        if all(row[f"{split}_{measure}"] for row in rows)
+    ]
+    lines = []
+    for method in (SEARCH, GRID):
+        for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] == method):
+            ours, theirs = (
+                {row["seed"]: row for row in rows if (row["method"], row["budget"]) == (m, budget)}
+                for m in (method, MATCHED)
+            )
+            seeds = sorted(ours.keys() & theirs.keys())
+            cells = [
+                _with_error([float(theirs[s][m]) - float(ours[s][m]) for s in seeds], 4)
+                for m in measures
+            ]
+            if seeds:
+                lines.append((method, budget, len(seeds), *cells))
+    names = [measure.replace("_", " ") for measure in measures]
+    return tabulate(lines, ("low-rank, matched, less", "budget", "seeds", *names), "github")
+
+
 def _mean(rows: Sequence[Row], column: str) -> str:
     """Mean and standard error."""
-    values = np.array([row[column] for row in rows], float)
-    digits = 0 if column == "seconds" else 4
+    values = [float(row[column]) for row in rows]
+    return _with_error(values, 0 if column == "seconds" else 4)
+
+
+def _with_error(numbers: Sequence[float], digits: int) -> str:
+    values = np.array(numbers)
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / math.sqrt(len(values)):.{digits}f}"
@@ -275,7 +305,7 @@ def main() -> None:
     for name in args.tasks:
         rows = [row for row in FINISHED.rows() if row["task"] == name]
         if rows:
-            print(f"\n{name}\n\n{table(rows, known[name].measure)}")
+            print(f"\n{name}\n\n{table(rows, known[name].measure)}\n\n{paired_table(rows)}")
             if not args.quick:
                 plot(rows, name, known[name].measure)
 

@@ -26,7 +26,8 @@ from tests.runs import assert_same, parameters
 ROOT = Path(__file__).parents[1]
 DATA, FSDP, ALL = (8, 1, 1), (1, 8, 1), (2, 2, 2)
 
-# Trains in each of several workdirs, on the mesh that is given for it, for so many steps.
+# Trains in each of several workdirs, on the mesh that is given for it; leaves in the middle of a
+# step, if one is given.
 SCRIPT = """
 import json, sys
 from ml_collections import ConfigDict
@@ -173,10 +174,8 @@ def test_the_same_layout_twice_is_bitwise_the_same(eight):
 def test_a_checkpoint_resumes_on_another_layout(one, tmp_path):
     """From two processes to one, and on to one device."""
     workdir = tmp_path / "moved"
-    with pytest.raises(AssertionError):
-        run([(str(workdir), ALL, 8)], processes=2)
-    with pytest.raises(AssertionError):
-        run([(str(workdir), FSDP, 14)])
+    run([(str(workdir), ALL, 8)], processes=2)
+    run([(str(workdir), FSDP, 14)])
     run([(str(workdir), (1, 1, 1), 0)], devices=1)
     resumed = [row["resumed_from"] for row in read_metrics(workdir) if "resumed_from" in row]
     assert resumed == [7, 13]
