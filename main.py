@@ -31,7 +31,12 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_vit_gaudi.py"
 
 def main(argv: list[str]) -> int:
     """Runs the config of a command line; returns the exit status."""
-    status = exit_status(lambda: run(argv))
+    try:
+        status = exit_status(lambda: run(argv))
+    except Exception:
+        traceback.print_exc()
+        leave_at_once(1)
+        return 1
     if status:
         leave_at_once(status)
     return status
@@ -45,6 +50,8 @@ def run(argv: list[str]) -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one speaks up
     use_compilation_cache(config.compilation_cache)
     start_processes(config.distributed)
+    if jax.process_count() > 1 and not flags.FLAGS["workdir"].present:
+        raise UserError("several processes need the same --workdir; give one that all of them see")
     level = logging.INFO if is_primary() else logging.WARNING
     logging.getLogger("gaudi_jax").setLevel(level)
     if config.evaluate_only:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +35,8 @@ RUN = (
     "--config.train.eval_every=40",
     "--config.checkpoint.every=5",
 )
-STEPS_A_KILL = 20
+#: More than a run makes before it is killed, on a fast machine.
+STEPS_A_KILL = 80
 #: Seconds in which a run must come to the next step, and its other processes to an end.
 PATIENCE = 300
 
@@ -74,21 +76,23 @@ def finish(workdir: Path, steps: int, processes: int) -> None:
         raise SystemExit("\n".join(f"{log}:\n{log.read_text()[-2000:]}" for log in logs))
 
 
-def disturb(workdir: Path, steps: int, processes: int, kill: int, rng: random.Random) -> int:
-    """Starts a run and sends it a signal when it has come on; returns the signal."""
+def disturb(workdir: Path, steps: int, processes: int, kill: int, rng: random.Random) -> None:
+    """Starts a run and sends it a signal when it has come on."""
     since, started = time.time(), start(workdir, steps, processes)
     sent = signal.SIGTERM if kill % 3 == 2 else signal.SIGKILL
     _wait_until(lambda: _has_come_on(workdir, since) or _ended(started), "another step")
     if kill % 2:
         _wait_until(lambda: _is_saving(workdir) or _ended(started), "a save", pause=0.001)
     else:
-        time.sleep(rng.uniform(0, 2))
-    started[rng.randrange(processes)].send_signal(sent)
+        time.sleep(rng.uniform(0, 1))
+    chosen = started[rng.randrange(processes)]
+    chosen.send_signal(sent)
     _wait_until(lambda: _ended(started), "the end of the others")
     codes = {process.returncode for process in started}
     if sent == signal.SIGTERM and codes != {0}:
         raise SystemExit(f"SIGTERM should end a run with status 0, not {codes}; see {workdir}*.log")
-    return sent
+    if (workdir / "summary.json").exists() or sent not in (signal.SIGTERM, -chosen.returncode):
+        raise SystemExit(f"the run ended before it was killed; see {workdir}*.log")
 
 
 def compare(killed: Path, whole: Path) -> list[str]:
@@ -157,10 +161,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for processes in args.processes:
-        with tempfile.TemporaryDirectory() as folder:
-            differing = chaos(Path(folder), args.kills, processes, args.seed)
+        folder = Path(tempfile.mkdtemp())
+        differing = chaos(folder, args.kills, processes, args.seed)
         if differing:
-            raise SystemExit(f"{processes} processes: {', '.join(differing)} differ")
+            raise SystemExit(f"{processes} processes: {', '.join(differing)} differ; see {folder}")
+        shutil.rmtree(folder)
         print(f"{processes} processes: {args.kills} kills, and bitwise the same end")
 
 

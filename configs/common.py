@@ -376,6 +376,7 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
             # The sections themselves: what is set for this model holds for the dense one too.
             config.pretrain.update(seed=config.get_ref("seed"))
             config.pretrain.data, config.pretrain.model = config.data, config.model
+            config.pretrain.mesh = config.mesh
     config.compress.update(
         method=args["method"],
         stages=((0.0, args["budget"]),),

@@ -1,5 +1,6 @@
 """The same run on one device, on several, and in several processes."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -228,22 +229,37 @@ def test_impossible_meshes(sizes, message):
         mesh_shape(sizes, 8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as a slice of 4x4 TPUs has it: hosts hold squares of four, which wires connect."""
+
+    id: int
+    process_index: int
+
+
+def test_each_process_holds_neighbouring_devices():
+    chips = [
+        Chip(id=4 * y + x, process_index=2 * (y // 2) + x // 2) for y in range(4) for x in range(4)
+    ]
+    mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 2}, devices=chips)
+    assert [chip.process_index for chip in mesh.devices.flat] == sorted([0, 1, 2, 3] * 4)
+
+
 def test_a_batch_that_cannot_be_split():
     with pytest.raises(UserError, match="use a positive multiple of 3"):
         check_batch(make_mesh({"data": 1, "fsdp": 1, "tensor": 1}), 32, accumulate=3)
 
 
 @pytest.mark.parametrize(
-    ("options", "environment", "message"),
+    ("options", "message"),
     [
-        ({"num_processes": 2, "process_id": 0}, {}, "need distributed.coordinator_address"),
-        ({"coordinator_address": "here:1"}, {}, "give both"),
-        ({"coordinator_address": "here:1", "num_processes": 2, "process_id": 2}, {}, r"in \[0"),
+        ({"num_processes": 2, "process_id": 0}, "need distributed.coordinator_address"),
+        ({"coordinator_address": "here:1"}, "give both"),
+        ({"coordinator_address": "here:1", "num_processes": 2, "process_id": 2}, r"in \[0"),
+        ({"heartbeat_timeout_seconds": 0}, "must be at least 1"),
     ],
 )
-def test_processes_that_cannot_find_each_other(monkeypatch, options, environment, message):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_processes_that_cannot_find_each_other(options, message):
     with pytest.raises(UserError, match=message):
         start_processes(ConfigDict(ALONE | options))
 

@@ -106,6 +106,7 @@ def test_a_kill_between_compression_and_the_first_checkpoint(finished, tmp_path,
     assert_same(parameters(tmp_path), parameters(finished))
 
 
+@pytest.mark.slow
 def test_starting_from_another_run(finished, tmp_path):
     dense = str(finished / "dense")
     assert loop.train(finetune_config(dense), tmp_path / "gaudi")

@@ -61,6 +61,7 @@ def test_a_run_leaves_a_readable_report(finished):
         assert name in last[0]
 
 
+@pytest.mark.slow
 def test_the_report_is_about_the_checkpoint_that_is_asked_for(tmp_path, monkeypatch):
     # The best is that of step 6: at step 2 the budget has not reached its target.
     accuracies = iter([0.9, 0.25, 0.75, 0.5])
@@ -106,6 +107,7 @@ def test_sigterm_saves_and_resuming_equals_never_stopping(finished, tmp_path, mo
     assert_same(parameters(tmp_path), parameters(finished))
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_is_passed_over(finished, tmp_path, caplog):
     loop.train(tiny_config(), tmp_path)
     for file in (tmp_path / "checkpoints" / "8" / "params").rglob("*"):
@@ -127,6 +129,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(finished, tmp_path
     assert np.abs(kernel - parameters(finished)["head"]["kernel"]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_initialising_from_another_run(finished, tmp_path):
     config = tiny_config(steps=1)
     config.optimizer.update(

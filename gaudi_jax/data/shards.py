@@ -32,6 +32,17 @@ def part_size(batch_size: int, shard: Shard) -> int:
     return batch_size // parts
 
 
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple that is not below a size.
+
+    Example:
+        >>> from gaudi_jax.data.shards import round_up
+        >>> round_up(12, 8)
+        16
+    """
+    return -(-size // multiple) * multiple
+
+
 def batched(
     dataset: grain.MapDataset, batch_size: int, shard: Shard, *, drop_remainder: bool
 ) -> grain.MapDataset:

@@ -8,7 +8,6 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from gaudi_jax.errors import UserError
+from gaudi_jax.training.checksums import described
 from gaudi_jax.training.mesh import place
 from gaudi_jax.training.processes import is_primary, of_all, sum_of_all, wait_for_all
 
@@ -186,11 +186,11 @@ class Checkpointer:
         items: dict[str, Any] = {
             name: ocp.args.StandardSave(leaves) for name, leaves in parts.items() if leaves
         }
-        described = {part: _described(leaves, sum_of_all) for part, leaves in parts.items()}
+        about_leaves = {part: described(leaves, sum_of_all) for part, leaves in parts.items()}
         self._scores[step] = -math.inf if score is None else score
         about = {
             "score": score,
-            "leaves": described,
+            "leaves": about_leaves,
             "iterator": None if iterator is None else iterator.get_state(),
         }
         text = json.dumps(about)
@@ -230,6 +230,7 @@ class Checkpointer:
             self._open_reader()
         steps = self.steps()
         if not steps:
+            self._check_agreement(-1)
             return None
         if step is not None:
             chosen = self._best(steps) if step == "best" else step
@@ -249,14 +250,14 @@ class Checkpointer:
                 damaged.append(candidate)
                 log.warning("checkpoint %d is damaged (%s)", candidate, _first_line(error))
                 continue
-            if self._manager is not None:
-                _check_agreement(candidate, self._directory)
+            self._check_agreement(candidate)
             if damaged:
                 log.warning("using checkpoint %d", candidate)
-                self._set_aside(damaged)
+            self._set_aside(damaged)
             if iterator is not None:
                 iterator.set_state(iterator_state)
             return Restored(candidate, state)
+        self._check_agreement(-2)
         raise UserError(
             f"every checkpoint in {self._directory} is damaged ({', '.join(map(str, steps))}); "
             "restore them from a copy, or start again with another --workdir"
@@ -265,17 +266,17 @@ class Checkpointer:
     def _read(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """The state and the data iterator's state; any error but a UserError means damage."""
         about = self._read_about(step)
-        described = about["leaves"]
+        saved = about["leaves"]
         state = {}
         for part, tree in abstract.items():
             wanted = _leaves(tree)
-            _check_structure(described[part], wanted, self._directory / str(step) / part)
+            _check_structure(saved[part], wanted, self._directory / str(step) / part)
             leaves = {}
             if wanted:
                 on_host = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
                 leaves = self._restore_item(step, part, ocp.args.StandardRestore(on_host))
-            for name, about_leaf in _described(leaves).items():
-                if about_leaf["checksum"] != described[part][name]["checksum"]:
+            for name, about_leaf in described(leaves).items():
+                if about_leaf["checksum"] != saved[part][name]["checksum"]:
                     raise ValueError(f"checksum of {part}.{name} does not match")
             ordered = [_placed(leaves[name], leaf.sharding) for name, leaf in wanted.items()]
             state[part] = jax.tree.unflatten(jax.tree.structure(tree), ordered)
@@ -297,6 +298,16 @@ class Checkpointer:
     def _restore_item(self, step: int, name: str, args: Any) -> Any:
         assert self._reader is not None
         return self._reader.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+
+    def _check_agreement(self, step: int) -> None:
+        """Checks that all processes of a run found the same step; negative for none."""
+        found = [step] if self._manager is None else of_all(step)
+        if len(set(found)) > 1:
+            names = ", ".join(str(step) if step >= 0 else "none" for step in found)
+            raise UserError(
+                f"the processes of this run find different checkpoints in {self._directory} "
+                f"({names}); give all of them the same --workdir, on a disk that all of them see"
+            )
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints: training goes on before them and saves the steps again."""
@@ -346,74 +357,9 @@ def _placed(array: np.ndarray, sharding: Any) -> Array:
     return jnp.asarray(array) if sharding is None else place(array, sharding)
 
 
-def _check_agreement(step: int, directory: Path) -> None:
-    found = of_all(step)
-    if len(set(found)) > 1:
-        raise UserError(
-            f"the processes of this run find different checkpoints in {directory} "
-            f"({', '.join(map(str, found))}); give all of them the same workdir on a shared disk"
-        )
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:120] if lines else type(error).__name__
-
-
-def _described(
-    leaves: Leaves, total: Callable[[np.ndarray], np.ndarray] = np.asarray
-) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and checksum of arrays by name.
-
-    Args:
-        leaves: arrays; of those that are spread over processes each has its parts.
-        total: from the checksums of this process's parts to those of the whole arrays.
-    """
-    # All are begun before the first is waited for.
-    sums = [_part_sums(leaf) for leaf in leaves.values()]
-    own = np.array([sum(map(int, parts)) % 2**32 for parts in sums], np.uint32)
-    return {
-        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": int(checksum)}
-        for (name, leaf), checksum in zip(leaves.items(), total(own), strict=True)
-    }
-
-
-def _part_sums(leaf: Any) -> list[Array]:
-    """Checksums of the parts of an array that this process has, each once."""
-    # One device at a time: a sum over all would make them wait for one another.
-    return [
-        _checksum(part.data, [place.start or 0 for place in part.index], leaf.shape)
-        for part in jnp.asarray(leaf).addressable_shards
-        if part.replica_id == 0
-    ]
-
-
-@partial(jax.jit, static_argnames="shape")
-def _checksum(part: Array, starts: list[int], shape: tuple[int, ...]) -> Array:
-    """Sum modulo 2^32 of an array's bits, each number of which has an odd weight by its place.
-
-    Unlike a CRC it is the sum of those of the array's parts; and a single changed number always
-    changes it, since odd weights have inverses.
-
-    Args:
-        part: of the array.
-        starts: the place of its first entry in the array, on each axis.
-        shape: of the array.
-    """
-    if part.dtype == jnp.bool_:
-        part = part.astype(jnp.uint8)
-    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(part.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(part, narrow).astype(jnp.uint32)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):  # one more than of the array, for numbers of 64 bits
-        start = jnp.uint32(starts[axis]) if axis < len(shape) else 0
-        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + start
-        index = index * jnp.uint32(shape[axis] if axis < len(shape) else size) + place
-    # The mixing of MurmurHash3, so that neighbours have unrelated weights.
-    weight = index * jnp.uint32(0x9E3779B1)
-    weight = (weight ^ (weight >> 16)) * jnp.uint32(0x85EBCA6B)
-    weight = (weight ^ (weight >> 13)) | jnp.uint32(1)
-    return (bits * weight).sum(dtype=jnp.uint32)
 
 
 def _check_structure(described: dict[str, Any], wanted: Leaves, path: Path) -> None:

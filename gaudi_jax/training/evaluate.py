@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from gaudi_jax.training.mesh import (
     DATA_PARALLEL,
     batch_shard,
-    check_batch,
     make_mesh,
     place,
     put_batch,
@@ -53,9 +52,8 @@ def evaluate_model(
         set_sigma(view, sigma)
     graphdef, params, other = split_model(view)
     mesh = make_mesh(DATA_PARALLEL)
-    check_batch(mesh, task.config.data.batch_size, task.config.train.accumulate)
     params, other = (place(part, state_shardings(part, mesh)) for part in (params, other))
     step = make_evaluation_step(graphdef, task, mesh)
-    batches = task.evaluation_batches(split, shard=batch_shard(mesh))
+    batches = task.evaluation_batches(split, batch_shard(mesh), multiple=mesh.size)
     sums = evaluate_batches(step, params, other, batches, mesh)
     return task.results(sums, split)

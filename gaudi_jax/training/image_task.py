@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from gaudi_jax.data.augment import erase, mix, normalize, smooth_labels
 from gaudi_jax.data.images import ImageSplits, load_images
 from gaudi_jax.data.pipeline import evaluation_batches, train_batches
-from gaudi_jax.data.shards import WHOLE, Shard
+from gaudi_jax.data.shards import WHOLE, Shard, round_up
 from gaudi_jax.errors import UserError
 
 
@@ -111,13 +111,13 @@ class ImageTask:
         )
 
     def evaluation_batches(
-        self, split: str, shard: Shard = WHOLE
+        self, split: str, shard: Shard = WHOLE, *, multiple: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
         """All images of a split, once, in order; the last batch is padded."""
         data = self.config.data
         return evaluation_batches(
             getattr(self.splits, split),
-            batch_size=data.batch_size // self.config.train.accumulate,
+            batch_size=round_up(data.batch_size // self.config.train.accumulate, multiple),
             image_size=data.image_size,
             crop_fraction=data.crop_fraction,
             workers=data.workers,

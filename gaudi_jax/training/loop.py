@@ -1,6 +1,7 @@
 """Training: one linear function from a config to a trained model in the workdir."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import signal
@@ -30,7 +31,13 @@ from gaudi_jax.training.mesh import batch_shard, check_batch, make_mesh, place, 
 from gaudi_jax.training.metrics import MetricLog, Progress
 from gaudi_jax.training.moments import read_moments, with_moments
 from gaudi_jax.training.phases import Phase, phase_of, phases
-from gaudi_jax.training.processes import from_primary, is_primary, on_host, wait_for_all
+from gaudi_jax.training.processes import (
+    from_primary,
+    is_primary,
+    of_all,
+    on_host,
+    wait_for_all,
+)
 from gaudi_jax.training.profile import StepTrace
 from gaudi_jax.training.restructure import Start, check_phases, restructure
 from gaudi_jax.training.setup import (
@@ -88,7 +95,8 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     dense = nnx.eval_shape(lambda: densify(build_model(config)))
     build_optimizer(config, nnx.eval_shape(lambda: build_model(config)), schedules)
     check_phases(config, dense)
-    resumes = has_checkpoint(Path(workdir) / "checkpoints")
+    # What process 0 sees counts: a network's disk may show others an older state.
+    resumes = bool(of_all(has_checkpoint(Path(workdir) / "checkpoints"))[0])
     model: Any = build_model(config)
     source = config.init_from
     if source and not resumes:
@@ -98,6 +106,11 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
         claim_workdir(workdir, config.to_dict())
         task.save_extras(workdir)
     wait_for_all("the workdir is made")
+    if not workdir.exists():
+        raise UserError(
+            f"process {jax.process_index()} does not see the workdir {workdir}; give all processes "
+            "the same --workdir, on a disk that all of them see"
+        )
     check_workdir(workdir, config.to_dict())
     if "pretrain" in config and not resumes:
         log.info("the dense model first")
@@ -153,6 +166,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                 else:
                     start = Start(model)
                     if phase.budget is not None:
+                        watch.note(phase.first, "compressing")
                         start = restructure(model, moments, task, phase, workdir)
                         rows.write({"step": phase.first, **start.results})
                     wait_for_all("the plan is written")
@@ -245,7 +259,7 @@ class _Run:
                 speed = (step - first) / (time.perf_counter() - started)
                 self._log(step, state, metrics, speed)
             self.progress.advance(step)
-            self.stop.look(step)
+            self.stop.look()
             evaluated = None
             if step % config.train.eval_every == 0 or ends:
                 evaluated = self._evaluate(evaluation_fn, state, step)
@@ -310,8 +324,8 @@ class _Run:
 
     def _evaluate(self, evaluation_fn: Any, state: TrainState, step: int) -> dict[str, float]:
         """Results on the validation split."""
-        self.watch.note(step, "evaluating")
         batches = self.task.evaluation_batches("validation", batch_shard(self.mesh))
+        batches = self.watch.through(batches, step, "evaluating")
         sums = evaluate_batches(evaluation_fn, state.params, state.other, batches, self.mesh)
         evaluated = self.task.results(sums, "validation")
         row = {f"validation_{name}": value for name, value in evaluated.items()}
@@ -331,10 +345,14 @@ class _Stop:
     """Whether the run has been asked to stop."""
 
     requested = False
+    #: How often any run of this process has looked: JAX tells all processes at the same number,
+    #: which a dense phase before this one must not have used up.
+    looks = itertools.count(1)
 
-    def look(self, step: int) -> None:
+    def look(self) -> None:
         """Asks whether any of several processes got the signal; all are told at the same step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        number = next(self.looks)
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
             self.requested = True
 
 

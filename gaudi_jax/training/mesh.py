@@ -56,8 +56,11 @@ def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None 
         {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
-    given = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(given, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape = mesh_shape(sizes, len(devices))
+    # In the order of processes, so that each holds neighbouring rows of a batch. jax.make_mesh
+    # follows the wires between TPUs instead, which lead from host to host.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, int, int]:
@@ -104,7 +107,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         into = f" and train.{accumulate=} micro-batches" if accumulate > 1 else ""
         raise UserError(
             f"data.batch_size={batch_size} cannot be split over {parts // accumulate} devices{into}"
-            f"; use a positive multiple of {parts}"
+            f" (mesh.data times mesh.fsdp); use a positive multiple of {parts}"
         )
 
 
@@ -127,8 +130,8 @@ def batch_shard(mesh: Mesh) -> tuple[int, int]:
     first, count = own[0], len(own)
     if own != list(range(first, first + count)) or rows % count or first % count:
         raise UserError(
-            f"the devices of process {jax.process_index()} hold the rows {own} of a batch's {rows} "
-            "parts; choose mesh sizes of which tensor divides the devices of a process"
+            f"the devices of process {jax.process_index()} hold parts {own} of {rows} of a batch; "
+            "choose mesh.tensor so that it divides, or is a multiple of, a process's devices"
         )
     return first // count, rows // count
 

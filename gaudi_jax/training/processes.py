@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from gaudi_jax.errors import UserError, reason
 
 #: Variables by which launchers tell the number of processes and the place of this one.
-LAUNCHERS = {
-    "SLURM_STEP_NODELIST": ("SLURM_NTASKS", "SLURM_PROCID"),
-    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-}
+LAUNCHERS = (
+    ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+)
 
 
 def start_processes(options: ConfigDict) -> None:
@@ -41,11 +41,16 @@ def start_processes(options: ConfigDict) -> None:
     """
     address = options.coordinator_address
     count, own = options.num_processes, options.process_id
-    found = next((names for mark, names in LAUNCHERS.items() if mark in os.environ), None)
+    found = next((names for names in LAUNCHERS if all(n in os.environ for n in names)), None)
     if found is not None:
-        launched, rank = (int(os.environ[name]) for name in found)
+        launched, rank = (int(os.environ[name]) for name in found[:2])
         count, own = (launched if count < 0 else count), (rank if own < 0 else own)
-    if not address and (count > 0 or own >= 0) and found is None:
+    if options.heartbeat_timeout_seconds < 1:
+        raise UserError(
+            f"distributed.heartbeat_timeout_seconds={options.heartbeat_timeout_seconds} must be at "
+            "least 1"
+        )
+    if not address and (options.num_processes >= 0 or options.process_id >= 0):
         raise UserError(
             f"distributed.num_processes={count} and process_id={own} need "
             "distributed.coordinator_address=HOST:PORT of process 0"

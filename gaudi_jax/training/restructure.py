@@ -14,12 +14,14 @@ from ml_collections import ConfigDict
 
 from gaudi_jax.compression import compress, densify
 from gaudi_jax.compression.compress import choose_layers
+from gaudi_jax.compression.plan import rebuild
 from gaudi_jax.compression.rules import Rule
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.evaluate import evaluate_model
+from gaudi_jax.training.load import read_plan
 from gaudi_jax.training.moments import Moments, carry_moments, estimate_moments
 from gaudi_jax.training.phases import Phase, phases
-from gaudi_jax.training.processes import is_primary
+from gaudi_jax.training.processes import from_primary, is_primary, wait_for_all
 from gaudi_jax.training.tasks import Task
 from gaudi_jax.training.workdir import write_atomically
 
@@ -100,12 +102,25 @@ def restructure(
         key=jax.random.key(config.seed),
     )
     results["compress_seconds"] = time.perf_counter() - start
-    results |= _evaluated("compressed", compressed, task, splits)
     if is_primary():
         text = json.dumps(plan, indent=2, allow_nan=False)
         write_atomically(phase.plan_file(workdir), text + "\n")
+    compressed = _of_primary(compressed, dense, phase.plan_file(workdir))
+    results |= _evaluated("compressed", compressed, task, splits)
     compressed.train()
     return Start(compressed, moments and carry_moments(moments, compressed), results)
+
+
+def _of_primary(compressed: nnx.Module, dense: nnx.Module, plan_file: Path) -> nnx.Module:
+    """The model that process 0 has found: another host may have found another structure."""
+    if jax.process_count() == 1:
+        return compressed
+    wait_for_all("the plan is written")
+    model = compressed if is_primary() else rebuild(dense, read_plan(plan_file))
+    graphdef, state = nnx.split(model)
+    if not is_primary():
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, from_primary(state)))
 
 
 def _evaluated(name: str, model: nnx.Module, task: Task, splits: tuple[str, ...]) -> dict:

@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ class StallWatch:
         self._folder, self._limit = Path(workdir) / FOLDER, limit
         self._host = socket.gethostname()
         self._doing = self._now(0, "starting")
+        self._never_heard = self._doing._replace(what="starting", host="an unknown host")
         self._told: dict[int, tuple[int, str]] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look_again_and_again, daemon=True)
@@ -81,14 +83,18 @@ class StallWatch:
         """Says what this process does from now on."""
         self._doing = self._now(step, what)
 
+    def through(self, items: Iterable[Any], step: int, what: str) -> Iterator[Any]:
+        """Items of a long work, each of which shows that it goes on."""
+        for item in items:
+            self.note(step, what)
+            yield item
+
     def stalled(self) -> list[str]:
         """What is to be said of processes that have done the same, or nothing, for too long."""
         now = time.time()
         lines = []
         for number in range(jax.process_count()):
-            doing = self._read(number)
-            if doing is None:
-                continue
+            doing = self._read(number) or self._never_heard
             silent, same = now - doing.heard, now - doing.since
             if max(silent, same) < self._limit or self._told.get(number) == doing[:2]:
                 continue

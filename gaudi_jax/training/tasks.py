@@ -51,9 +51,12 @@ class Task(Protocol):
         """Endless training batches, or one part of each, resumable."""
 
     def evaluation_batches(
-        self, split: str, shard: Shard = WHOLE
+        self, split: str, shard: Shard = WHOLE, *, multiple: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
-        """All of a split ("train", "validation" or "test"), once, in order, or parts of it."""
+        """All of a split ("train", "validation" or "test"), once, in order, or parts of it.
+
+        Batches are as large as those of training, rounded up to a multiple.
+        """
 
     def abstract_batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a training batch of so many examples."""

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from gaudi_jax.data.shards import WHOLE, Shard
+from gaudi_jax.data.shards import WHOLE, Shard, round_up
 from gaudi_jax.data.text import (
     TextSplits,
     evaluation_windows,
@@ -149,14 +149,14 @@ class TextTask:
         )
 
     def evaluation_batches(
-        self, split: str, shard: Shard = WHOLE
+        self, split: str, shard: Shard = WHOLE, *, multiple: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
         """All tokens of a split, each predicted once, in order; the last batch is padded."""
         data = self.config.data
         return evaluation_windows(
             getattr(self.splits, split).tokens,
             block=data.block,
-            batch_size=data.batch_size // self.config.train.accumulate,
+            batch_size=round_up(data.batch_size // self.config.train.accumulate, multiple),
             stride=data.stride or None,
             shard=shard,
         )
