@@ -52,7 +52,7 @@ def run(argv: list[str]) -> None:
     start_processes(config.distributed)
     if jax.process_count() > 1 and not flags.FLAGS["workdir"].present:
         raise UserError("several processes need the same --workdir; give one that all of them see")
-    level = logging.INFO if is_primary() else logging.WARNING
+    level = logging.INFO if is_primary() else logging.ERROR  # one tells it for all
     logging.getLogger("gaudi_jax").setLevel(level)
     if config.evaluate_only:
         check_workdir(workdir, config.to_dict())

@@ -14,10 +14,12 @@ NAME=${NAME:-gaudi}
 ZONE=${ZONE:-us-east5-b}
 TYPE=${TYPE:-v6e-16}                    # v6e-8 is one host, v6e-16 four
 RUNTIME=${RUNTIME:-v2-alpha-tpuv6e}
-REPOSITORY=${REPOSITORY:-$(git remote get-url origin)}
-BUCKET=${BUCKET:?give a Cloud Storage bucket with hierarchical namespace, for checkpoints}
+REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2>/dev/null || true)}
+BUCKET=${BUCKET:-}                      # Cloud Storage, with a hierarchical namespace
 CONFIG=${CONFIG:-configs/vit_b_gaudi.py}
 WORKDIR=${WORKDIR:-/mnt/bucket/runs/vit_b}
+DATA=${DATA:-/mnt/bucket/tensorflow_datasets}
+OPTIONS=${OPTIONS:-}                    # others of main.py
 
 on_every_host() {
     gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
@@ -27,8 +29,10 @@ case "${1:-}" in
 create)
     gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
         --accelerator-type="$TYPE" --runtime-version="$RUNTIME" --spot
-    until gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
-        --format='value(state.state)' | grep -q ACTIVE; do
+    while state=$(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
+        --format='value(state.state)') && [[ "$state" != ACTIVE ]]; do
+        echo "$state"
+        case "$state" in FAILED | SUSPEND*) exit 1 ;; esac
         sleep 60
     done
     ;;
@@ -37,30 +41,33 @@ install)
     on_every_host "
         set -e
         curl -LsSf https://astral.sh/uv/install.sh | sh
-        git clone $REPOSITORY gaudi_jax
+        test -d gaudi_jax || git clone $REPOSITORY gaudi_jax
         cd gaudi_jax
         ~/.local/bin/uv venv --python 3.11
         ~/.local/bin/uv pip install -r requirements.txt -e '.[tpu]'
         sudo mkdir -p /mnt/bucket && sudo chown \$USER /mnt/bucket"
     ;;
 start)
+    : "${BUCKET:?give the bucket that holds checkpoints and data}"
     on_every_host "
         set -e
         cd gaudi_jax
         mountpoint -q /mnt/bucket || gcsfuse --implicit-dirs $BUCKET /mnt/bucket
-        nohup .venv/bin/python main.py --config=$CONFIG --workdir=$WORKDIR > ~/train.log 2>&1 &"
+        export TFDS_DATA_DIR=$DATA
+        nohup .venv/bin/python main.py --config=$CONFIG --workdir=$WORKDIR $OPTIONS \
+            > ~/train.log 2>&1 &"
     ;;
 watch)
     gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=0 --command='tail -f ~/train.log'
     ;;
 stop)
-    on_every_host 'pkill -TERM -f main.py'
+    on_every_host 'pkill -TERM -f [m]ain.py'
     ;;
 delete)
     gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
     ;;
 *)
-    sed -n '2,10p' "$0"
+    sed -n '2,9p' "$0"
     exit 1
     ;;
 esac

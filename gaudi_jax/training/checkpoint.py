@@ -154,6 +154,8 @@ class Checkpointer:
     def _failing_to_write(self, what: str) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # other processes, not the disk
+            raise
         # Orbax and tensorstore raise many kinds of errors for disks that are full or gone.
         except Exception as error:
             raise UserError(
