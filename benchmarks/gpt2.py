@@ -23,19 +23,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
+from steps import our_step
 from tabulate import tabulate
 
-from gaudi_jax.cost import cost
 from gaudi_jax.deploy.timing import interleaved_medians
-from gaudi_jax.training.mesh import make_mesh, place, put_batch
-from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules
-from gaudi_jax.training.step import (
-    CostWeights,
-    TrainState,
-    make_train_step,
-    split_model,
-    state_layout,
-)
+from gaudi_jax.training.setup import build_model
 from gaudi_jax.training.tasks import Task, open_task
 
 # Configs are files beside main.py, and no installed package.
@@ -106,29 +98,6 @@ def plain_step(config: ConfigDict, batch: dict) -> Any:
 
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     return lambda: step(model, optimizer, inputs, targets)
-
-
-def our_step(task: Task, batch: dict) -> Any:
-    """A function that makes one step of the training loop."""
-    config = task.config
-    mesh = make_mesh(config.mesh)
-    batch = put_batch(batch, mesh)
-    schedules = build_schedules(config)
-    model = build_model(config)
-    graphdef, params, other = split_model(model)
-    optimizer = build_optimizer(config, model, schedules)
-    state = TrainState(jnp.zeros([], jnp.int32), params, other, optimizer.init(params))
-    shardings = state_layout(state, mesh)
-    state = place(state, shardings)
-    weights = CostWeights.of(cost(model, task.example))
-    step = make_train_step(graphdef, optimizer, schedules, task, weights, 0, shardings)
-
-    def make() -> Any:
-        nonlocal state
-        state, metrics = step(state, batch)
-        return metrics["train_loss"]
-
-    return make
 
 
 def open_config(name: str, layer: str, args: argparse.Namespace) -> Task:
