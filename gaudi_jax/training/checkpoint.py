@@ -108,6 +108,8 @@ class Checkpointer:
 
     def _open_reader(self) -> None:
         """Opens the directory for this process alone: orbax's readers wait for one another."""
+        if self._reader is not None:
+            self._reader.close()
         own = jax.process_index()
         if self._directory.is_dir():
             self._reader = ocp.CheckpointManager(
