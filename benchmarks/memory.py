@@ -58,6 +58,7 @@ def abstract_step(config: Any, mesh: Any) -> Step:
     from gaudi_jax.training.step import (
         CostWeights,
         TrainState,
+        laid_out,
         make_train_step,
         split_model,
         state_layout,
@@ -72,10 +73,7 @@ def abstract_step(config: Any, mesh: Any) -> Step:
     opt_state = jax.eval_shape(optimizer.init, params)
     step_count: Any = jax.ShapeDtypeStruct((), np.int32)
     state = TrainState(step_count, params, other, opt_state)
-    layout = state_layout(state, mesh)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout
-    )
+    layout, state = state_layout(state, mesh), laid_out(state, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, BATCH))
         for name, x in task.abstract_batch(config.data.batch_size).items()

@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 from gaudi_jax.training.memory import estimate_memory
 from gaudi_jax.training.mesh import AXES
 from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules
-from gaudi_jax.training.step import TrainState, split_model, state_layout
+from gaudi_jax.training.step import TrainState, laid_out, split_model
 from gaudi_jax.training.tasks import open_task
 from tests.runs import tiny_config
 
@@ -22,11 +22,7 @@ def estimate(shape=(1, 1, 1), **changes):
     optimizer = build_optimizer(task.config, model, build_schedules(task.config))
     step = jax.ShapeDtypeStruct((), np.int32)
     state = TrainState(step, params, other, jax.eval_shape(optimizer.init, params))
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state,
-        state_layout(state, mesh),
-    )
+    state = laid_out(state, mesh)
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     return estimate_memory(graphdef, state, task, mesh), 4 * sum(sizes)
 

@@ -53,6 +53,7 @@ from gaudi_jax.training.step import (
     CostWeights,
     Metrics,
     TrainState,
+    laid_out,
     make_evaluation_step,
     make_train_step,
     split_model,
@@ -217,11 +218,7 @@ def _abstract_state(
     init = build_optimizer(config, model, schedules, made=phase.first).init
     step_count: Any = jax.ShapeDtypeStruct([], jnp.int32)
     state = TrainState(step_count, params, other, jax.eval_shape(init, params))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        state_layout(state, mesh),
-    )
+    return laid_out(state, mesh)
 
 
 @dataclasses.dataclass

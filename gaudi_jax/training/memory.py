@@ -1,7 +1,8 @@
 """How much memory of each device a training step will take, before it is made.
 
 An estimate by arithmetic on shapes: what the state takes is exact, what the activations take is
-what the backward pass keeps when nothing is fused, so that a compiled step takes rather less.
+what the backward pass keeps if nothing is fused. Compilers save some of that and need temporaries
+besides (docs/results.md has both for ViT-B).
 """
 
 import logging

@@ -158,6 +158,20 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
+def laid_out(state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The shapes and dtypes of a training state, with where each array lies on a mesh.
+
+    Args:
+        state: shapes are enough.
+        mesh: with the axes ``data``, ``fsdp`` and ``tensor``.
+    """
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        state_layout(state, mesh),
+    )
+
+
 def state_layout(state: TrainState, mesh: Mesh | AbstractMesh) -> Any:
     """Where each array of a training state lies on a mesh (`gaudi_jax.training.mesh`).
 
