@@ -3,20 +3,27 @@
     python benchmarks/deploy.py [--parts layers vit gpt2] [--budget 0.3] [--granularity 64]
     python benchmarks/deploy.py --parts curve [--budgets 0.1 0.2 0.3 0.45] [--granularity 64]
 
+    python benchmarks/deploy.py --images 128 --dtype bfloat16 --times 20 --autotune     # a GPU
+
 *layers*: the three shapes of ViT-B, on 1576 tokens (8 images). The kernels are those of
 ``benchmarks/decompose.py``, like trained attention layers; the blocks are found by `decompose`.
 *curve*: the same over a range of costs, and a picture of error against measured time,
 ``benchmarks/results/deploy-curve.png``. *vit*: ViT-B/16 forward on 8 images. *gpt2*: GPT-2 small,
 greedy decoding of one row (``--gpt2-budget 0.44`` in its linear layers). Each model holds one
-kernel per shape in all of its layers, which changes its function, and not its time.
+kernel per shape in all of its layers, which changes its function, and not its time. The blocks are
+kept in ``--blocks FOLDER``, where a search need not be made again.
 
 All forms of a model are measured in one process, interleaved and warm; times are medians. The
-packed form is compared with the dense product of the same blocks in the same run.
+packed form is compared with the dense product of the same blocks in the same run. Where a layer
+takes no longer than it takes to start a program, as on GPUs, it is applied several times
+(``--times``).
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,7 +44,7 @@ from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.models.generate import generate
 
 SHAPES = [(768, 768), (768, 3072), (3072, 768)]
-IMAGES, PATCHES = 8, 197
+PATCHES = 197
 PROMPT, NEW = 16, 65
 
 
@@ -47,8 +54,16 @@ def trained_like(n: int, m: int) -> jax.Array:
 
 
 @cache
-def gaudi(n: int, m: int, budget: float, granularity: int) -> GaudiLinear:
-    factors = gaudi_jax.decompose(trained_like(n, m), budget, granularity=granularity, rounds=20)
+def gaudi(n: int, m: int, budget: float, granularity: int, folder: Path | None) -> GaudiLinear:
+    file = folder and folder / f"{n}x{m}-{budget}-{granularity}.npz"
+    if file and file.exists():
+        factors = tuple(np.load(file).values())
+    else:
+        kernel = trained_like(n, m)
+        factors = gaudi_jax.decompose(kernel, budget, granularity=granularity, rounds=20)
+    if file and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(file, *factors)
     layer = GaudiLinear.from_blocks(*factors, granularity=granularity, bias=jnp.zeros(m))
     layer.eval()
     return layer
@@ -74,7 +89,8 @@ def forms(
     n: int, m: int, budget: float, args: argparse.Namespace, tokens: int
 ) -> dict[str, Callable[[], Any]]:
     """How each form of a layer is made."""
-    blocks = gaudi(n, m, budget, args.granularity)
+    blocks = nnx.clone(gaudi(n, m, budget, args.granularity, args.blocks))
+    blocks.dtype = jnp.dtype(args.dtype)  # the layout is chosen for it
     return {
         "dense": partial(dense, blocks),
         "packed": lambda: gaudi_jax.harden(blocks, tokens=tokens, autotune=args.autotune).model,
@@ -82,8 +98,24 @@ def forms(
     }
 
 
+def in_dtype(model: Any, name: str) -> Any:
+    """The model with parameters of a dtype, which computes in it."""
+    dtype = jnp.dtype(name)
+    graphdef, state = nnx.split(model)
+    cast = [
+        x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for x in jax.tree.leaves(state)
+    ]
+    result = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), cast))
+    for _, module in nnx.iter_modules(result):
+        if hasattr(module, "param_dtype"):
+            module.dtype = module.param_dtype = dtype
+    return result
+
+
 def difference(a: jax.Array, b: jax.Array) -> float:
     """Largest difference over the largest value."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return float(jnp.abs(a - b).max() / jnp.abs(b).max())
 
 
@@ -119,11 +151,14 @@ def show(rows: list[tuple]) -> None:
 
 def layer_rows(args: argparse.Namespace, budget: float) -> list[tuple]:
     """A row for each shape: times of its forms, and their errors."""
-    tokens, rows = IMAGES * PATCHES, []
+    tokens, rows = args.images * PATCHES, []
     for n, m in SHAPES:
-        x = jax.random.normal(jax.random.key(0), (tokens, n))
+        x = jax.random.normal(jax.random.key(0), (tokens, n), args.dtype)
         made = {name: make() for name, make in forms(n, m, budget, args, tokens).items()}
-        calls = {name: Running(model, x) for name, model in made.items()}
+        calls = {
+            name: Running(in_dtype(model, args.dtype), x, times=args.times)
+            for name, model in made.items()
+        }
         seconds = interleaved_medians(calls, args.repeats)
         errors = {
             name: float(relative_error(trained_like(n, m), kernel_of(model)))
@@ -132,9 +167,9 @@ def layer_rows(args: argparse.Namespace, budget: float) -> list[tuple]:
         rows.append(
             (
                 f"{n} → {m}",
-                int(gaudi(n, m, budget, args.granularity).multiplications()) / (n * m),
+                int(gaudi(n, m, budget, args.granularity, args.blocks).multiplications()) / (n * m),
                 int(made["packed"].multiplications()) / (n * m),
-                1e3 * seconds["dense"],
+                1e3 * seconds["dense"] / args.times,
                 seconds["dense"] / seconds["packed"],
                 seconds["dense"] / seconds["low-rank"],
                 errors["packed"],
@@ -163,20 +198,24 @@ def with_layers(
 
 
 def vit(args: argparse.Namespace) -> None:
-    config = ViTConfig.preset("B/16")
+    config = dataclasses.replace(ViTConfig.preset("B/16"), dtype=jnp.dtype(args.dtype))
     model = ViT(config, rngs=nnx.Rngs(0))
-    images = jax.random.normal(jax.random.key(0), (IMAGES, 224, 224, 3))
-    calls = {
-        form: Running(with_layers(model, form, args.budget, args, IMAGES * PATCHES), images)
+    images = jax.random.normal(jax.random.key(0), (args.images, 224, 224, 3), args.dtype)
+    tokens = args.images * PATCHES
+    made = {
+        form: in_dtype(with_layers(model, form, args.budget, args, tokens), args.dtype)
         for form in ("dense", "packed", "low-rank")
     }
-    report("ViT-B/16 forward, 8 images", interleaved_medians(calls, args.repeats))
+    calls = {form: Running(model, images) for form, model in made.items()}
+    seconds = interleaved_medians(calls, args.repeats)
+    report(f"ViT-B/16 forward, {args.images} images", seconds)
     print(f"difference of the logits: {difference(calls['packed'](), calls['dense']()):.1e}")
 
 
 def gpt2(args: argparse.Namespace) -> None:
-    model = GPT2(GPT2Config.preset("gpt2"), rngs=nnx.Rngs(0))
-    prompt = [list(range(PROMPT))]
+    config = dataclasses.replace(GPT2Config.preset("gpt2"), dtype=jnp.dtype(args.dtype))
+    model = GPT2(config, rngs=nnx.Rngs(0))
+    prompt = [list(range(PROMPT))] * args.rows
 
     def decode(model: GPT2, count: int) -> Callable[[], np.ndarray]:
         length = PROMPT + NEW
@@ -186,13 +225,14 @@ def gpt2(args: argparse.Namespace) -> None:
 
     calls, tokens = {}, {}
     for form in ("dense", "packed", "low-rank"):
-        made = with_layers(model, form, args.gpt2_budget, args, tokens=1)
+        made = with_layers(model, form, args.gpt2_budget, args, tokens=args.rows)
+        made = in_dtype(made, args.dtype)
         calls[form, 1], calls[form, NEW] = decode(made, 1), decode(made, NEW)
         tokens[form] = calls[form, NEW]()
     seconds = interleaved_medians(calls, args.repeats)
     # Without what reading the prompt takes.
     step = {form: (seconds[form, NEW] - seconds[form, 1]) / (NEW - 1) for form in tokens}
-    report("GPT-2 small, a token of one row", step)
+    report(f"GPT-2 small, a token of each of {args.rows} rows", step)
     print(f"same tokens: {(tokens['packed'] == tokens['dense']).mean():.0%}")
 
 
@@ -208,10 +248,15 @@ def main() -> None:
     parser.add_argument("--gpt2-budget", type=float, default=0.44)
     parser.add_argument("--granularity", type=int, default=64)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.45])
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=1, help="that GPT-2 decodes at once")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--blocks", type=Path, help="folder of blocks that were found before")
     parser.add_argument("--autotune", action="store_true", help="measure layouts")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--times", type=int, default=1, help="that a program applies a layer")
     args = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}")
     for part in args.parts:
         {"layers": layers, "curve": curve, "vit": vit, "gpt2": gpt2}[part](args)
 

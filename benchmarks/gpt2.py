@@ -142,7 +142,10 @@ def main() -> None:
     )
     shape = config.data.batch_size, config.data.block + 1
     tokens = jax.random.randint(jax.random.key(0), shape, 0, size.vocab_size)
-    steps = {f"ours, {layer}": our_step(task, {"tokens": tokens}) for layer, task in tasks.items()}
+    steps = {
+        f"ours, {layer}": our_step(task, build_model(task.config), {"tokens": tokens})
+        for layer, task in tasks.items()
+    }
     plain = ConfigDict({"model": size, "optimizer": config.optimizer})
     with plain.unlocked():
         plain.model.dtype = config.model.dtype

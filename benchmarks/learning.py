@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from runs import RESULTS, ROOT, Row, Table, run_all, train
+from runs import RESULTS, ROOT, Row, Table, block_cost, layer_costs, run_all, train
 from tabulate import tabulate
 
 COLUMNS = (
@@ -156,15 +156,6 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     summary = train(
         task.config + arguments, options, keep=picture if seed == 0 and not extra else None
     )
-    costs = {
-        layer["path"]: [
-            layer["in_features"],
-            layer["out_features"],
-            layer["multiplications"] // (layer.get("applications") or 1),
-        ]
-        for layer in summary["layers"]
-    }
-    blocks = [cost for path, cost in costs.items() if path.startswith("blocks")]
     return {
         "task": name,
         "method": method,
@@ -176,8 +167,8 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
         "validation_accuracy": summary.get("validation_accuracy", ""),
         "test_loss": summary["test_loss_hard"],
         "test_accuracy": summary.get("test_accuracy_hard", ""),
-        "cost": sum(c for *_, c in blocks) / sum(n * m for n, m, _ in blocks),
-        "layers": json.dumps(costs),
+        "cost": block_cost(summary),
+        "layers": json.dumps(layer_costs(summary)),
     }
 
 

@@ -24,13 +24,20 @@ ONE_CORE = {
 Row = dict[str, Any]
 
 
-def train(config: str, options: Iterable[str] = (), *, keep: Path | None = None) -> Row:
+def train(
+    config: str,
+    options: Iterable[str] = (),
+    *,
+    keep: Path | None = None,
+    measure: Callable[[str], Row] | None = None,
+) -> Row:
     """The summary of a run, and the seconds that it took.
 
     Args:
         config: file in ``configs/``, with its arguments.
         options: others of the command line.
         keep: where the pictures of the masks are copied.
+        measure: what else is read off the workdir, which is gone afterwards.
     """
     with tempfile.TemporaryDirectory() as workdir:
         start = time.perf_counter()
@@ -50,7 +57,26 @@ def train(config: str, options: Iterable[str] = (), *, keep: Path | None = None)
         if keep is not None and (Path(workdir) / "masks.png").exists():
             keep.parent.mkdir(parents=True, exist_ok=True)
             keep.write_bytes((Path(workdir) / "masks.png").read_bytes())
-    return summary | {"seconds": round(time.perf_counter() - start)}
+        summary["seconds"] = round(time.perf_counter() - start)
+        return summary | (measure(workdir) if measure else {})
+
+
+def layer_costs(summary: Row) -> dict[str, tuple[int, int, int]]:
+    """Inputs, outputs and multiplications of an input vector of each layer of a run."""
+    return {
+        layer["path"]: (
+            layer["in_features"],
+            layer["out_features"],
+            layer["multiplications"] // (layer.get("applications") or 1),
+        )
+        for layer in summary["layers"]
+    }
+
+
+def block_cost(summary: Row) -> float:
+    """Multiplications of the layers in a run's blocks over those of dense ones."""
+    blocks = [sizes for path, sizes in layer_costs(summary).items() if path.startswith("blocks")]
+    return sum(cost for *_, cost in blocks) / sum(n * m for n, m, _ in blocks)
 
 
 class Table:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from gaudi_jax.cost import cost
 from gaudi_jax.training.mesh import make_mesh, place, put_batch
-from gaudi_jax.training.setup import build_model, build_optimizer, build_schedules
+from gaudi_jax.training.setup import build_optimizer, build_schedules
 from gaudi_jax.training.step import (
     CostWeights,
     TrainState,
@@ -17,13 +17,12 @@ from gaudi_jax.training.step import (
 from gaudi_jax.training.tasks import Task
 
 
-def our_step(task: Task, batch: dict) -> Any:
-    """A function that makes one step of the training loop."""
+def our_step(task: Task, model: Any, batch: dict) -> Any:
+    """A function that makes one step of the training loop; the model is used up."""
     config = task.config
     mesh = make_mesh(config.mesh)
     batch = put_batch(batch, mesh)
     schedules = build_schedules(config)
-    model = build_model(config)
     graphdef, params, other = split_model(model)
     optimizer = build_optimizer(config, model, schedules)
     state = TrainState(jnp.zeros([], jnp.int32), params, other, optimizer.init(params))

@@ -1,7 +1,7 @@
 """Training steps of a ViT with dense and with Gaudi layers, and what of a step the masks take.
 
-    python benchmarks/vit.py                                            # a small one, on a CPU
-    python benchmarks/vit.py --preset B/16 --batch 256 --dtype bfloat16 --peak 989    # an H200
+    python benchmarks/vit.py                                # a small one, on a CPU
+    python benchmarks/vit.py --preset B/16 --batch 128 256 512 --dtype bfloat16 --peak 989
 
 The steps are those of the training loop, on one batch of random images that is there already, made
 in turn and warm; medians are shown. *Masks* are all masks of the model and their gradients,
@@ -33,14 +33,14 @@ from gaudi_jax.training.tasks import Task, open_task
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
-def open_config(layer: str, args: argparse.Namespace) -> Task:
+def open_config(layer: str, batch_size: int, args: argparse.Namespace) -> Task:
     from configs import vit_b_gaudi
 
     config = vit_b_gaudi.get_config(f"layer={layer}")
     config.data.update(
         name=f"generated:1000x{args.image_size}x3",
         image_size=args.image_size,
-        batch_size=args.batch,
+        batch_size=batch_size,
         workers=0,
     )
     config.model.update(preset=args.preset, dtype=args.dtype)
@@ -65,43 +65,64 @@ def gradient_of(model: nnx.Module, part: Callable[[GaudiLinear], Any]) -> Callab
     return lambda: gradient(params)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="S/16", help="a published size")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--peak", type=float, default=0.0, help="teraflops a second")
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+def on_device(model: nnx.Module) -> nnx.Module:
+    """A copy whose arrays nobody else holds."""
+    result = nnx.clone(model, arrays=True)
+    nnx.update(result, jax.device_put(nnx.state(result), jax.devices()[0]))
+    return result
 
-    tasks = {layer: open_config(layer, args) for layer in ("dense", "gaudi")}
+
+def measure(models: dict[str, nnx.Module], batch_size: int, args: argparse.Namespace) -> None:
+    """Prints the table of one batch size."""
     size = args.image_size
     keys = jax.random.split(jax.random.key(0))
     batch = {
-        "image": jax.random.randint(keys[0], (args.batch, size, size, 3), 0, 256, jnp.uint8),
-        "label": jax.random.randint(keys[1], (args.batch,), 0, 1000),
+        "image": jax.random.randint(keys[0], (batch_size, size, size, 3), 0, 256, jnp.uint8),
+        "label": jax.random.randint(keys[1], (batch_size,), 0, 1000),
     }
-    parts: dict[str, Any] = {layer: our_step(task, batch) for layer, task in tasks.items()}
-    model = build_model(tasks["gaudi"].config)
+    tasks = {layer: open_config(layer, batch_size, args) for layer in models}
+    parts: dict[str, Any] = {
+        layer: our_step(task, on_device(models[layer]), batch) for layer, task in tasks.items()
+    }
+    model = on_device(models["gaudi"])
     parts["masks alone"] = gradient_of(model, lambda layer: layer.masks())
     parts["masks and kernels alone"] = gradient_of(model, lambda layer: layer.kernel())
     times = interleaved_medians(parts, args.repeats)
-    operations = 6 * args.batch * cost(model, tasks["gaudi"].example).total_dense_multiplications
+    operations = 6 * batch_size * cost(model, tasks["gaudi"].example).total_dense_multiplications
     rows = [
         (
             name,
             seconds * 1e3,
             seconds / times["dense"],
-            args.batch / seconds if name in tasks else None,
+            batch_size / seconds if name in tasks else None,
             operations / seconds / (args.peak * 1e12) if args.peak and name in tasks else None,
         )
         for name, seconds in times.items()
     ]
     headers = ("", "ms", "over the dense step", "images/s", "share of peak")
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-    print(f"ViT-{args.preset}, {size}x{size}, batch {args.batch}, {args.dtype}, {device}\n")
-    print(tabulate(rows, headers, tablefmt="github", floatfmt=("", ".1f", ".3f", ".1f", ".3f")))
+    print(f"\nViT-{args.preset}, {size}x{size}, batch {batch_size}, {args.dtype}, {device}\n")
+    table = tabulate(rows, headers, tablefmt="github", floatfmt=("", ".1f", ".3f", ".1f", ".3f"))
+    print(table, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="S/16", help="a published size")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--peak", type=float, default=0.0, help="teraflops a second")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    # Factors start from singular value decompositions, which are slow on accelerators.
+    with jax.default_device(jax.devices("cpu")[0]):
+        models = {
+            layer: build_model(open_config(layer, args.batch[0], args).config)
+            for layer in ("dense", "gaudi")
+        }
+    for batch_size in args.batch:
+        measure(models, batch_size, args)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Compiled(NamedTuple):
 
     Attributes:
         layout: the products, or None for one product with the composed kernel.
-        order: the columns in the order of the layout.
+        order: the columns in the order of the layout; K, their number, for a column of zeros.
     """
 
     layout: Layout | None
@@ -71,16 +71,23 @@ def compile_layout(
     groups, seconds = _group(reads, machine, tokens, itemsize)
     # Inside a group the columns may stand in any order: neighbours write to the same runs.
     groups = [
-        (start, length, columns[np.lexsort((writes.length[columns], writes.start[columns]))])
+        (
+            start,
+            length,
+            _padded(
+                columns[np.lexsort((writes.length[columns], writes.start[columns]))],
+                machine.multiple,
+                len(reads.start),
+            ),
+        )
         for start, length, columns in groups
     ]
     order = np.concatenate([columns for *_, columns in groups] or [np.zeros(0, int)])
     cuts, more = _cut(writes, machine, tokens, itemsize)
     seconds += more
-    seconds += machine.copy(writes.size * tokens, itemsize) if len(order) else 0
     if dense <= seconds:
         return Compiled(None, order)
-    inside = _inside(writes, cuts)[order]
+    inside = np.pad(_inside(writes, cuts), ((0, 1), (0, 0)))[order]
     _, whole = _run_price(np.diff(cuts), inside.sum(axis=0), len(order), machine, tokens, itemsize)
     inside = inside | whole
     layout = Layout(
@@ -91,6 +98,10 @@ def compile_layout(
         ),
     )
     return Compiled(layout, order)
+
+
+def _padded(columns: np.ndarray, multiple: int, zeros: int) -> np.ndarray:
+    return np.pad(columns, (0, -len(columns) % multiple), constant_values=zeros)
 
 
 def _group(
@@ -142,7 +153,10 @@ def _hull(start_a, length_a, start_b, length_b, size: int):
 
 
 def _cut(windows: Windows, machine: Machine, tokens: int, itemsize: int):
-    """The cheapest cuts of the output axis, by dynamic programming over all window edges."""
+    """The cheapest cuts of the output axis, by dynamic programming over all window edges.
+
+    Runs are put together by a copy, which one run alone does not need.
+    """
     size = windows.size
     ends = windows.start + windows.length
     edges = np.unique(np.concatenate([[0, size], windows.start % size, ends % size]))
@@ -157,7 +171,9 @@ def _cut(windows: Windows, machine: Machine, tokens: int, itemsize: int):
     cuts = [len(edges) - 1]
     while cuts[-1]:
         cuts.append(origin[cuts[-1]])
-    return edges[cuts[::-1]], float(best[-1])
+    joined = float(best[-1]) + machine.copy(size * tokens, itemsize)
+    alone = float(price[0, -1])
+    return (edges[cuts[::-1]], joined) if joined < alone else (edges[[0, -1]], alone)
 
 
 def _run_price(span, active, columns: int, machine: Machine, tokens: int, itemsize: int):

@@ -14,6 +14,8 @@ class Machine(NamedTuple):
         bandwidth: bytes a second that products read and write.
         gathering: bytes a second that are read and written where features are picked one by one.
         lanes: rows to which a product's sides are rounded up.
+        multiple: of which the columns of a first product are made: rows of vectors that end
+            elsewhere are read slowly, or copied.
     """
 
     overhead: float
@@ -21,6 +23,7 @@ class Machine(NamedTuple):
     bandwidth: float
     gathering: float
     lanes: int
+    multiple: int = 1
 
     def product(self, rows, depth, tokens: int, itemsize: int):
         """Seconds of a product of a (rows, depth) matrix with tokens vectors."""
@@ -37,6 +40,6 @@ class Machine(NamedTuple):
 #: guesses from data sheets, not measured.
 MACHINES = {
     "cpu": Machine(5e-6, 1e11, 2e10, 5e9, 8),
-    "gpu": Machine(4e-6, 2e14, 2e12, 1e12, 64),
-    "tpu": Machine(4e-6, 5e13, 8e11, 4e11, 128),
+    "gpu": Machine(3e-6, 3.3e14, 3.5e12, 3e12, 64, 8),
+    "tpu": Machine(4e-6, 5e13, 8e11, 4e11, 128, 8),
 }

@@ -53,8 +53,12 @@ class Packer:
             param_dtype=layer.param_dtype,
         )
         columns = self._live[:, None] * layer.rank + np.arange(layer.rank)
-        order = columns.ravel()[compiled.order]
-        packed.fill(_columns(layer, 0)[order], _columns(layer, 1)[order])
+        left, right = (
+            # The last row is the columns of zeros in a layout.
+            jnp.pad(_columns(layer, axis)[columns.ravel()], ((0, 1), (0, 0)))[compiled.order]
+            for axis in (0, 1)
+        )
+        packed.fill(left, right)
         if packed.bias is not None and layer.bias is not None:
             packed.bias.set_value(layer.bias[...])
         return packed

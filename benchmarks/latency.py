@@ -1,0 +1,45 @@
+"""How much faster than dense the model of a run is where it is deployed, on one line of JSON.
+
+    python benchmarks/latency.py WORKDIR [--batch 64] [--repeats 15]
+
+Gaudi layers are packed; other structured layers are what they are. Both forms run in turn in one
+process, warm; medians.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+import gaudi_jax
+from gaudi_jax import GaudiLinear
+from gaudi_jax.compression import densify
+from gaudi_jax.deploy.harden import tokens_of
+from gaudi_jax.deploy.timing import Running, interleaved_medians
+from gaudi_jax.training.tasks import open_task
+from gaudi_jax.training.workdir import read_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    model = gaudi_jax.load(args.workdir)
+    example = open_task(ConfigDict(read_config(args.workdir))).example
+    x = jnp.zeros((args.batch, *example.shape[1:]), example.dtype)
+    deployed = model
+    if any(isinstance(module, GaudiLinear) for _, module in nnx.iter_modules(model)):
+        tokens = tokens_of(model, example, args.batch)
+        deployed = gaudi_jax.harden(model, tokens=tokens, autotune=True).model
+    forms = {"dense_ms": Running(densify(model), x), "deployed_ms": Running(deployed, x)}
+    seconds = interleaved_medians(forms, args.repeats)
+    print(json.dumps({name: round(1e3 * value, 4) for name, value in seconds.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Every structured layer on the same footing: quality against multiplications and against time.
+
+    python benchmarks/tradeoff.py --text shakespeare.txt [--tasks digits shakespeare]
+        [--methods WORD ...] [--budgets 0.5 0.25 0.125] [--seeds 3]
+    python benchmarks/tradeoff.py --quick
+
+All methods share one recipe: dense layers for half of the steps; then these are compressed under one
+budget, shared out over the layers where the method can; then their factors are trained on. Trains
+every combination through ``main.py``, two runs at a time with one core each, and measures on that
+core what the deployed form takes beside a dense one (``benchmarks/latency.py``). Finished runs are
+kept in ``benchmarks/results/tradeoff.csv`` and not repeated. Choices are made on the validation
+split; the test split is read once, at the end of a run. Prints a table for each task and draws
+``benchmarks/results/tradeoff-TASK.png``. ``--quick`` trains one seed on digits for 300 steps, and
+keeps nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from learning import Task, tasks
+from matplotlib.figure import Figure
+from runs import ONE_CORE, RESULTS, ROOT, Row, Table, block_cost, run_all, train
+from tabulate import tabulate
+
+COLUMNS = (
+    *("task", "method", "budget", "seed", "seconds"),
+    *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"),
+    *("cost", "dense_ms", "deployed_ms"),
+)
+#: Arguments of the config, and options of the command line.
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dense": ("layer=dense", ()),
+    "low-rank": ("layer=low_rank", ("--config.compress.allocation=uniform",)),
+    "low-rank, shared out": ("layer=low_rank", ()),
+    "Monarch": ("layer=monarch", ()),
+    "BLAST": ("layer=blast", ()),
+    "block-sparse": ("layer=block_sparse", ()),
+    "Gaudi": ("layer=gaudi", ()),
+    "Gaudi, grid": ("layer=gaudi", ("--config.compress.granularity={grid}",)),
+}
+FINISHED = Table(RESULTS / "tradeoff.csv", COLUMNS)
+
+
+def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Sequence[str]) -> Row:
+    argument, options = METHODS[method]
+    if method != "dense":
+        argument = f"{argument},recipe=search,budget={budget}"
+    filled = [option.format(grid=task.width // 8) for option in options]
+    summary = train(
+        task.config + argument,
+        (*task.options, f"--config.seed={seed}", *filled, *extra),
+        measure=latency,
+    )
+    return summary | {
+        "task": name,
+        "method": method,
+        "budget": budget,
+        "seed": seed,
+        "test_loss": summary["test_loss_hard"],
+        "test_accuracy": summary.get("test_accuracy_hard", ""),
+        "cost": block_cost(summary),
+    }
+
+
+def latency(workdir: str) -> Row:
+    """What `benchmarks/latency.py` measures on one core."""
+    command = [sys.executable, "benchmarks/latency.py", workdir]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows of each method and budget."""
+    result: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        result.setdefault((row["method"], row["budget"]), []).append(row)
+    return result
+
+
+def statistics(rows: Sequence[Row], measure: str) -> dict[str, tuple[float, float]]:
+    """Means and standard errors over the seeds."""
+    values = {
+        "validation": [float(row[f"validation_{measure}"]) for row in rows],
+        "test": [float(row[f"test_{measure}"]) for row in rows],
+        "cost": [float(row["cost"]) for row in rows],
+        "time": [float(row["deployed_ms"]) / float(row["dense_ms"]) for row in rows],
+    }
+    return {
+        key: (float(np.mean(v)), np.std(v, ddof=1) / math.sqrt(len(v)) if len(v) > 1 else 0.0)
+        for key, v in values.items()
+    }
+
+
+def table(rows: Sequence[Row], measure: str) -> str:
+    lines = []
+    for (method, budget), chosen in sorted(
+        groups(rows).items(), key=lambda item: -float(item[0][1])
+    ):
+        cells = [
+            f"{mean:.4f} ± {error:.4f}" for mean, error in statistics(chosen, measure).values()
+        ]
+        lines.append((method, budget, len(chosen), *cells))
+    headers = ("layers", "budget", "seeds", f"validation {measure}", f"test {measure}")
+    return tabulate(lines, (*headers, "cost", "time over dense"), tablefmt="github")
+
+
+def plot(rows: Sequence[Row], task: str, measure: str, folder: Path) -> None:
+    """Test results against cost and against time, with standard errors."""
+    figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for method in METHODS:
+        points = [
+            statistics(chosen, measure)
+            for (name, _), chosen in sorted(
+                groups(rows).items(), key=lambda item: float(item[0][1])
+            )
+            if name == method
+        ]
+        for axes, x in zip(panels, ("cost", "time"), strict=True):
+            if points:
+                axes.errorbar(
+                    [point[x][0] for point in points],
+                    [point["test"][0] for point in points],
+                    xerr=[point[x][1] for point in points],
+                    yerr=[point["test"][1] for point in points],
+                    marker="o",
+                    capsize=3,
+                    label=method,
+                )
+    panels[0].set(
+        xlabel="multiplications of the blocks over dense", ylabel=f"test {measure}", title=task
+    )
+    panels[1].set(xlabel="time of the deployed model over dense, one core")
+    panels[0].legend(fontsize=7)
+    figure.savefig(folder / f"tradeoff-{task}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", default="shakespeare.txt", help="path of tinyshakespeare")
+    parser.add_argument("--tasks", nargs="+", default=["digits", "shakespeare"])
+    parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.125])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="minutes; nothing is kept")
+    args = parser.parse_args()
+    known, extra, folder = tasks(str((ROOT / args.text).resolve())), [], RESULTS
+    if args.quick:
+        args.tasks, args.budgets, args.seeds = ["digits"], [0.25], 1
+        extra = ["--config.train.steps=300", "--config.compress.rounds=10"]
+        folder = Path(tempfile.mkdtemp())
+        FINISHED.path = folder / "tradeoff.csv"
+    done = {
+        (row["task"], row["method"], float(row["budget"]), int(row["seed"]))
+        for row in FINISHED.rows()
+    }
+    jobs = [
+        (name, known[name], method, 1.0 if method == "dense" else budget, seed, extra)
+        for seed in range(args.seeds)
+        for name in args.tasks
+        for method in METHODS
+        for budget in (args.budgets[:1] if method == "dense" else args.budgets)
+        if any(word in method for word in args.methods)
+        and (name, method, 1.0 if method == "dense" else budget, seed) not in done
+    ]
+    run_all(jobs, run, FINISHED)
+    for name in args.tasks:
+        rows = [row for row in FINISHED.rows() if row["task"] == name]
+        if rows:
+            print(f"\n{name}\n\n{table(rows, known[name].measure)}")
+            plot(rows, name, known[name].measure, folder)
+    print(f"\npictures: {folder}")
+
+
+if __name__ == "__main__":
+    main()
