@@ -1,0 +1,202 @@
+"""A block-sparse product for Hopper GPUs, in Pallas Mosaic GPU.
+
+A program goes through tiles of the result. One warpgroup copies the input cells that a tile reads
+and their weights to shared memory, over a ring of slots; two warpgroups multiply, each half of the
+rows. The ring goes on over the ends of tiles: while one tile is written, the next is loaded.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from gaudi_jax.deploy.kernels.block_sparse import CELL, Table
+
+# Warpgroups that multiply; one more copies.
+_MULTIPLY = 2
+# Registers a thread of the copying warpgroup keeps; the others share what it gives up.
+_COPY_REGISTERS, _MULTIPLY_REGISTERS = 40, 232
+# The result goes out in pieces of so many rows and columns: the buffers for it are small.
+_PIECE = (64, 64)
+
+
+class Tiling(NamedTuple):
+    """How the product is cut; the columns of a tile are those of the weights.
+
+    Attributes:
+        rows: tokens in a tile, 128 or 256. An accumulator has rows / 2 * columns / 128 registers
+            a thread, and at most 128 of them fit.
+        slots: cells in flight.
+    """
+
+    rows: int = 128
+    slots: int = 4
+
+    def shared_memory(self, columns: int) -> int:
+        """Bytes of shared memory, short of the barriers; a program has 227 KiB."""
+        slot = (self.rows + columns) * CELL
+        pieces = _MULTIPLY * self.buffers(columns) * math.prod(_PIECE)
+        return 2 * (self.slots * slot + pieces)
+
+    def buffers(self, columns: int) -> int:
+        """Buffers of pieces of a warpgroup: two that take turns, if they end a tile in turn."""
+        pieces = self.rows // _MULTIPLY * columns // math.prod(_PIECE)
+        return 2 if pieces % 2 == 0 else 1
+
+
+def multiply(
+    x: Array,
+    tiles: Array,
+    table: Table,
+    bias: Array | None = None,
+    *,
+    tiling: Tiling = Tiling(),
+    programs: int | None = None,
+    interpret: Any = None,
+) -> Array:
+    """A block-sparse product: its columns j * N to (j + 1) * N are the sum of `x` at the cells of
+    tile j times the weights of each, and the bias.
+
+    Args:
+        x: input vectors, bfloat16, shape (T, n), n a multiple of 64.
+        tiles: weights of the cells in the order of the table, bfloat16, shape (cells, 64, N), N a
+            multiple of 64.
+        table: the cells of each of J tiles.
+        bias: shape (J * N,).
+        tiling: how the product is cut.
+        programs: that run at once; by default as many as the device has multiprocessors.
+        interpret: parameters to run on a CPU instead.
+
+    Returns:
+        Bfloat16 from sums in float32, shape (T, J * N).
+    """
+    tokens, columns = x.shape[0], tiles.shape[-1]
+    if programs is None:
+        programs = jax.devices()[0].core_count
+    swizzled = plgpu.TilingTransform((8, CELL)), plgpu.SwizzleTransform(128)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, tiling=tiling),
+        out_type=jax.ShapeDtypeStruct((tokens, len(table.counts) * columns), x.dtype),
+        scratch_types={
+            "x_ring": plgpu.SMEM(
+                (tiling.slots, tiling.rows, CELL), x.dtype, transforms=swizzled
+            ),
+            "tile_ring": plgpu.SMEM((tiling.slots, CELL, columns), x.dtype, transforms=swizzled),
+            "pieces": plgpu.SMEM(
+                (_MULTIPLY, tiling.buffers(columns), *_PIECE), x.dtype, transforms=swizzled
+            ),
+            # A slot is full after two copies, and free when both warpgroups have multiplied it.
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.slots),
+            "free": plgpu.Barrier(num_arrivals=_MULTIPLY, num_barriers=tiling.slots),
+        },
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=_MULTIPLY + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=interpret,
+    )
+    starts = np.concatenate([[0], np.cumsum(table.counts)])
+    operands = [jnp.asarray(starts, jnp.int32), jnp.asarray(table.cells, jnp.int32), x, tiles]
+    return kernel(operands, None if bias is None else bias.astype(jnp.float32))
+
+
+def _kernel(
+    operands, bias, out, *, x_ring, tile_ring, pieces, full, free, tiling: Tiling
+):
+    starts, cells, x, tiles = operands
+    rows, slots = tiling
+    columns = tiles.shape[-1]
+    mine, buffers = rows // _MULTIPLY, tiling.buffers(columns)
+    # Tiles with the same tokens are neighbours: they run at once and share x in the L2 cache.
+    grid = pl.cdiv(x.shape[0], rows), out.shape[1] // columns
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == _MULTIPLY)
+    def _copy():
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+
+        @plgpu.nd_loop(grid, collective_axes="program", init_carry=jnp.int32(0))
+        def _tiles(loop, carry):
+            i, j = loop.index
+            first, last = starts[j], starts[j + 1]
+
+            def copy(k, step):
+                slot = lax.rem(step, jnp.int32(slots))
+
+                @pl.when(step >= slots)
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
+
+                window = pl.ds(i * rows, rows), pl.ds(cells[k] * CELL, CELL)
+                plgpu.copy_gmem_to_smem(x.at[window], x_ring.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(tiles.at[k], tile_ring.at[slot], full.at[slot])
+                return step + 1
+
+            return lax.fori_loop(first, last, copy, carry)
+
+        @pl.loop(jnp.maximum(_tiles - slots, 0), _tiles)
+        def _drain(step):
+            plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(slots))])
+
+    @pl.when(warpgroup < _MULTIPLY)
+    def _multiply():
+        plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
+        part = pl.ds(warpgroup * mine, mine)
+
+        @plgpu.nd_loop(grid, collective_axes="program", init_carry=jnp.int32(0))
+        def _tiles(loop, carry):
+            i, j = loop.index
+            first, last = starts[j], starts[j + 1]
+
+            def release(step):
+                plgpu.barrier_arrive(free.at[lax.rem(step, jnp.int32(slots))])
+
+            def accumulate(acc):
+                def product(k, step):
+                    slot = lax.rem(step, jnp.int32(slots))
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.wgmma(acc, x_ring.at[slot, part], tile_ring.at[slot])
+                    # One product may go on while the next is started; the one before it is done.
+                    plgpu.wgmma_wait(1)
+                    pl.when(k > first)(lambda: release(step - 1))
+                    return step + 1
+
+                end = lax.fori_loop(first, last, product, carry)
+                return acc[...], end
+
+            acc, end = pl.run_scoped(accumulate, plgpu.ACC((mine, columns), jnp.float32))
+            pl.when(last > first)(lambda: release(end - 1))
+
+            number = 0
+            for row in range(0, mine, _PIECE[0]):
+                for column in range(0, columns, _PIECE[1]):
+                    piece = acc[row : row + _PIECE[0], column : column + _PIECE[1]]
+                    at = j * columns + column
+                    if bias is not None:
+                        added = plgpu.load(
+                            bias.at[pl.ds(at, _PIECE[1])], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+                        )
+                        piece += lax.broadcast_in_dim(added, _PIECE, [1])
+                    # The buffer is free when all but the newest copies have read theirs.
+                    buffer = pieces.at[warpgroup, number % buffers]
+                    plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+                    buffer[...] = piece.astype(out.dtype)
+                    plgpu.commit_smem()
+                    place = i * rows + warpgroup * mine + row
+                    plgpu.copy_smem_to_gmem(
+                        buffer, out.at[pl.ds(place, _PIECE[0]), pl.ds(at, _PIECE[1])]
+                    )
+                    number += 1
+            return end
+
+        plgpu.wait_smem_to_gmem(0)
