@@ -6,6 +6,7 @@ rows. The ring goes on over the ends of tiles: while one tile is written, the ne
 """
 
 import functools
+import heapq
 import math
 from typing import Any, NamedTuple
 
@@ -105,31 +106,61 @@ def multiply(
         ),
         interpret=interpret,
     )
+    work, shares = _schedule(pl.cdiv(tokens, tiling.rows), table.counts, programs)
     starts = np.concatenate([[0], np.cumsum(table.counts)])
-    operands = [jnp.asarray(starts, jnp.int32), jnp.asarray(table.cells, jnp.int32), x, tiles]
-    return kernel(operands, None if bias is None else bias.astype(jnp.float32))
+    tables = [jnp.asarray(a, jnp.int32) for a in (work, shares, starts, table.cells)]
+    return kernel(tables, x, tiles, None if bias is None else bias.astype(jnp.float32))
+
+
+def _schedule(row_tiles: int, counts: np.ndarray, programs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shares the tiles of the result out among programs.
+
+    Tiles are taken in the order of their tokens, by the program with the least work so far: those
+    with the same tokens run at about the same time, and share x in the L2 cache.
+
+    Returns:
+        The tiles i * J + j of one program after another, and where each program's begin and end,
+        shape (programs + 1,).
+    """
+    # To write a tile costs about as much as this many cells.
+    write = 2
+    heavy_first = np.argsort(-counts, kind="stable")
+    programs_by_load = [(0, program) for program in range(programs)]
+    shares = [[] for _ in range(programs)]
+    for i in range(row_tiles):
+        for j in heavy_first:
+            load, program = programs_by_load[0]
+            shares[program].append(i * len(counts) + j)
+            heapq.heapreplace(programs_by_load, (load + counts[j] + write, program))
+    bounds = np.concatenate([[0], np.cumsum([len(share) for share in shares])])
+    return np.concatenate(shares), bounds
 
 
 def _kernel(
-    operands, bias, out, *, x_ring, tile_ring, pieces, full, free, tiling: Tiling
+    tables, x, tiles, bias, out, *, x_ring, tile_ring, pieces, full, free, tiling: Tiling
 ):
-    starts, cells, x, tiles = operands
+    work, shares, starts, cells = tables
     rows, slots = tiling
     columns = tiles.shape[-1]
     mine, buffers = rows // _MULTIPLY, tiling.buffers(columns)
-    # Tiles with the same tokens are neighbours: they run at once and share x in the L2 cache.
-    grid = pl.cdiv(x.shape[0], rows), out.shape[1] // columns
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
+
+    def each_tile(body):
+        """Calls `body` with the place of each of the program's tiles, the first cell and the last
+        one, and the steps so far, and returns all steps."""
+
+        def visit(number, step):
+            i, j = jnp.divmod(work[number], jnp.int32(out.shape[1] // columns))
+            return body(i, j, starts[j], starts[j + 1], step)
+
+        return lax.fori_loop(shares[program], shares[program + 1], visit, jnp.int32(0))
 
     @pl.when(warpgroup == _MULTIPLY)
     def _copy():
         plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
-        @plgpu.nd_loop(grid, collective_axes="program", init_carry=jnp.int32(0))
-        def _tiles(loop, carry):
-            i, j = loop.index
-            first, last = starts[j], starts[j + 1]
-
+        @each_tile
+        def steps(i, j, first, last, step):
             def copy(k, step):
                 slot = lax.rem(step, jnp.int32(slots))
 
@@ -142,9 +173,9 @@ def _kernel(
                 plgpu.copy_gmem_to_smem(tiles.at[k], tile_ring.at[slot], full.at[slot])
                 return step + 1
 
-            return lax.fori_loop(first, last, copy, carry)
+            return lax.fori_loop(first, last, copy, step)
 
-        @pl.loop(jnp.maximum(_tiles - slots, 0), _tiles)
+        @pl.loop(jnp.maximum(steps - slots, 0), steps)
         def _drain(step):
             plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(slots))])
 
@@ -153,11 +184,8 @@ def _kernel(
         plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
         part = pl.ds(warpgroup * mine, mine)
 
-        @plgpu.nd_loop(grid, collective_axes="program", init_carry=jnp.int32(0))
-        def _tiles(loop, carry):
-            i, j = loop.index
-            first, last = starts[j], starts[j + 1]
-
+        @each_tile
+        def _write(i, j, first, last, step):
             def release(step):
                 plgpu.barrier_arrive(free.at[lax.rem(step, jnp.int32(slots))])
 
@@ -171,7 +199,7 @@ def _kernel(
                     pl.when(k > first)(lambda: release(step - 1))
                     return step + 1
 
-                end = lax.fori_loop(first, last, product, carry)
+                end = lax.fori_loop(first, last, product, step)
                 return acc[...], end
 
             acc, end = pl.run_scoped(accumulate, plgpu.ACC((mine, columns), jnp.float32))
