@@ -35,10 +35,12 @@ class Tiling(NamedTuple):
         rows: tokens in a tile, 128 or 256. An accumulator has rows / 2 * columns / 128 registers
             a thread, and at most 128 of them fit.
         slots: cells in flight.
+        peers: multiprocessors that share the weights they load, each with its own tokens: 1 or 2.
     """
 
     rows: int = 128
     slots: int = 4
+    peers: int = 1
 
     def shared_memory(self, columns: int) -> int:
         """Bytes of shared memory, short of the barriers; a program has 227 KiB."""
@@ -93,12 +95,16 @@ def multiply(
             "pieces": plgpu.SMEM(
                 (_MULTIPLY, tiling.buffers(columns), *_PIECE), x.dtype, transforms=swizzled
             ),
-            # A slot is full after two copies, and free when both warpgroups have multiplied it.
+            # A slot is full after two copies, and free when all peers have multiplied it.
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.slots),
-            "free": plgpu.Barrier(num_arrivals=_MULTIPLY, num_barriers=tiling.slots),
+            "free": plgpu.ClusterBarrier(
+                collective_axes=("peer",), num_arrivals=_MULTIPLY, num_barriers=tiling.slots
+            ),
         },
-        grid=(programs,),
+        grid=(programs // tiling.peers,),
         grid_names=("program",),
+        cluster=(tiling.peers,),
+        cluster_names=("peer",),
         num_threads=_MULTIPLY + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -106,7 +112,9 @@ def multiply(
         ),
         interpret=interpret,
     )
-    work, shares = _schedule(pl.cdiv(tokens, tiling.rows), table.counts, programs)
+    work, shares = _schedule(
+        pl.cdiv(tokens, tiling.rows * tiling.peers), table.counts, programs // tiling.peers
+    )
     starts = np.concatenate([[0], np.cumsum(table.counts)])
     tables = [jnp.asarray(a, jnp.int32) for a in (work, shares, starts, table.cells)]
     return kernel(tables, x, tiles, None if bias is None else bias.astype(jnp.float32))
@@ -140,18 +148,19 @@ def _kernel(
     tables, x, tiles, bias, out, *, x_ring, tile_ring, pieces, full, free, tiling: Tiling
 ):
     work, shares, starts, cells = tables
-    rows, slots = tiling
+    rows, slots, peers = tiling
     columns = tiles.shape[-1]
     mine, buffers = rows // _MULTIPLY, tiling.buffers(columns)
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
     def each_tile(body):
-        """Calls `body` with the place of each of the program's tiles, the first cell and the last
-        one, and the steps so far, and returns all steps."""
+        """Calls `body` with the first row of each of the program's tiles, its j, its first cell
+        and the end of them, and the steps so far; returns the steps."""
 
         def visit(number, step):
             i, j = jnp.divmod(work[number], jnp.int32(out.shape[1] // columns))
-            return body(i, j, starts[j], starts[j + 1], step)
+            row = (i * peers + lax.axis_index("peer")) * rows
+            return body(row, j, starts[j], starts[j + 1], step)
 
         return lax.fori_loop(shares[program], shares[program + 1], visit, jnp.int32(0))
 
@@ -160,7 +169,7 @@ def _kernel(
         plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
         @each_tile
-        def steps(i, j, first, last, step):
+        def steps(row, j, first, last, step):
             def copy(k, step):
                 slot = lax.rem(step, jnp.int32(slots))
 
@@ -168,9 +177,11 @@ def _kernel(
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                window = pl.ds(i * rows, rows), pl.ds(cells[k] * CELL, CELL)
+                window = pl.ds(row, rows), pl.ds(cells[k] * CELL, CELL)
                 plgpu.copy_gmem_to_smem(x.at[window], x_ring.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(tiles.at[k], tile_ring.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    tiles.at[k], tile_ring.at[slot], full.at[slot], collective_axes="peer"
+                )
                 return step + 1
 
             return lax.fori_loop(first, last, copy, step)
@@ -185,7 +196,7 @@ def _kernel(
         part = pl.ds(warpgroup * mine, mine)
 
         @each_tile
-        def _write(i, j, first, last, step):
+        def _write(row, j, first, last, step):
             def release(step):
                 plgpu.barrier_arrive(free.at[lax.rem(step, jnp.int32(slots))])
 
@@ -206,9 +217,9 @@ def _kernel(
             pl.when(last > first)(lambda: release(end - 1))
 
             number = 0
-            for row in range(0, mine, _PIECE[0]):
+            for top in range(0, mine, _PIECE[0]):
                 for column in range(0, columns, _PIECE[1]):
-                    piece = acc[row : row + _PIECE[0], column : column + _PIECE[1]]
+                    piece = acc[top : top + _PIECE[0], column : column + _PIECE[1]]
                     at = j * columns + column
                     if bias is not None:
                         added = plgpu.load(
@@ -220,7 +231,7 @@ def _kernel(
                     plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
                     buffer[...] = piece.astype(out.dtype)
                     plgpu.commit_smem()
-                    place = i * rows + warpgroup * mine + row
+                    place = row + warpgroup * mine + top
                     plgpu.copy_smem_to_gmem(
                         buffer, out.at[pl.ds(place, _PIECE[0]), pl.ds(at, _PIECE[1])]
                     )
