@@ -20,6 +20,8 @@ from jaxtyping import Array
 
 from gaudi_jax.deploy.kernels.block_sparse import CELL, Table
 
+# Of an H100 and an H200, for a lowering where there is none.
+_MULTIPROCESSORS = 132
 # Warpgroups that multiply; one more copies.
 _MULTIPLY = 2
 # Registers a thread of the copying warpgroup keeps; the others share what it gives up.
@@ -81,12 +83,14 @@ def multiply(
         Bfloat16 from sums in float32, shape (T, J * N).
     """
     tokens, columns = x.shape[0], tiles.shape[-1]
+    # Copies are cut into groups of 8 rows, and reach over the end of x in whole groups only.
+    x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))
     if programs is None:
-        programs = jax.devices()[0].core_count
+        programs = getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
     swizzled = plgpu.TilingTransform((8, CELL)), plgpu.SwizzleTransform(128)
     kernel = plgpu.kernel(
         functools.partial(_kernel, tiling=tiling),
-        out_type=jax.ShapeDtypeStruct((tokens, len(table.counts) * columns), x.dtype),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], len(table.counts) * columns), x.dtype),
         scratch_types={
             "x_ring": plgpu.SMEM(
                 (tiling.slots, tiling.rows, CELL), x.dtype, transforms=swizzled
@@ -117,7 +121,7 @@ def multiply(
     )
     starts = np.concatenate([[0], np.cumsum(table.counts)])
     tables = [jnp.asarray(a, jnp.int32) for a in (work, shares, starts, table.cells)]
-    return kernel(tables, x, tiles, None if bias is None else bias.astype(jnp.float32))
+    return kernel(tables, x, tiles, None if bias is None else bias.astype(jnp.float32))[:tokens]
 
 
 def _schedule(row_tiles: int, counts: np.ndarray, programs: int) -> tuple[np.ndarray, np.ndarray]:
