@@ -54,9 +54,7 @@ def test_the_kernel_multiplies_without_races(tokens, width, counts, tiling, bias
 
     x, product, bias = problem(tokens, 6, width, counts)
     params = plgpu.InterpretGPUParams(detect_races=True)
-    y = multiply(
-        x, *product, bias if biased else None, tiling=tiling, programs=4, interpret=params
-    )
+    y = multiply(x, *product, bias if biased else None, tiling=tiling, programs=4, interpret=params)
     assert not interpret_pallas_call.get_races().races_found
     expected = np.asarray(x, np.float32) @ dense(product, x.shape[1])
     expected = expected + np.asarray(bias) if biased else expected
@@ -80,7 +78,9 @@ def test_the_schedule_takes_every_tile_once_and_is_even():
     counts = np.array([0, 12, 3, 1, 7, 2])
     work, bounds = _schedule(197, counts, 132)
     assert np.array_equal(np.sort(work), np.arange(197 * 6))
-    loads = [np.sum(counts[work[a:b] % 6] + 2) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    loads = [
+        np.sum(counts[work[a:b] % 6] + 2) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
     assert max(loads) - min(loads) <= max(counts) + 2
 
 

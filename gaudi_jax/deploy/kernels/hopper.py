@@ -92,9 +92,7 @@ def multiply(
         functools.partial(_kernel, tiling=tiling),
         out_type=jax.ShapeDtypeStruct((x.shape[0], len(table.counts) * columns), x.dtype),
         scratch_types={
-            "x_ring": plgpu.SMEM(
-                (tiling.slots, tiling.rows, CELL), x.dtype, transforms=swizzled
-            ),
+            "x_ring": plgpu.SMEM((tiling.slots, tiling.rows, CELL), x.dtype, transforms=swizzled),
             "tile_ring": plgpu.SMEM((tiling.slots, CELL, columns), x.dtype, transforms=swizzled),
             "pieces": plgpu.SMEM(
                 (_MULTIPLY, tiling.buffers(columns), *_PIECE), x.dtype, transforms=swizzled
@@ -111,9 +109,7 @@ def multiply(
         cluster_names=("peer",),
         num_threads=_MULTIPLY + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
     work, shares = _schedule(
@@ -148,9 +144,7 @@ def _schedule(row_tiles: int, counts: np.ndarray, programs: int) -> tuple[np.nda
     return np.concatenate(shares), bounds
 
 
-def _kernel(
-    tables, x, tiles, bias, out, *, x_ring, tile_ring, pieces, full, free, tiling: Tiling
-):
+def _kernel(tables, x, tiles, bias, out, *, x_ring, tile_ring, pieces, full, free, tiling: Tiling):
     work, shares, starts, cells = tables
     rows, slots, peers = tiling
     columns = tiles.shape[-1]
@@ -227,7 +221,9 @@ def _kernel(
                     at = j * columns + column
                     if bias is not None:
                         added = plgpu.load(
-                            bias.at[pl.ds(at, _PIECE[1])], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+                            bias.at[pl.ds(at, _PIECE[1])],
+                            layout=plgpu.Layout.WGMMA.reduce(0),
+                            optimized=False,
                         )
                         piece += lax.broadcast_in_dim(added, _PIECE, [1])
                     # The buffer is free when all but the newest copies have read theirs.
