@@ -10,6 +10,7 @@ soon as it is measured, and a configuration that fails prints why.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -43,6 +44,8 @@ CONFIGURATIONS = (
     (64, Tiling(128, 5)),
 )
 CALLS, ROUNDS = 20, 7
+#: Of relative errors; rounding to bfloat16 makes 2e-3.
+TOLERANCE = 1e-2
 
 
 class Layer(NamedTuple):
@@ -62,7 +65,7 @@ def random_layer(n: int, m: int, columns: int, seed: int = 0) -> Layer:
         blocks = -(-columns // RANK)
         start = rng.integers(0, size // ALIGNED, blocks) * ALIGNED
         length = rng.integers(1, 3, blocks) * (size // 3)
-        return Windows(*(np.repeat(a, RANK)[:columns] for a in (start, length)), size)
+        return Windows(np.repeat(start, RANK)[:columns], np.repeat(length, RANK)[:columns], size)
 
     def factor(windows: Windows) -> np.ndarray:
         features = np.arange(windows.size)
@@ -74,11 +77,14 @@ def random_layer(n: int, m: int, columns: int, seed: int = 0) -> Layer:
     return Layer(reads, writes, factor(reads), factor(writes))
 
 
-def on_device(product: Product) -> Product:
-    return Product(jnp.asarray(product.tiles, jnp.bfloat16), product.table)
+def on_device(product: Product, tiling: Tiling, bias: Array | None = None) -> Callable:
+    """The product as a compiled function of its input."""
+    tiles = jnp.asarray(product.tiles, jnp.bfloat16)
+    run = jax.jit(lambda x, tiles: multiply(x, tiles, product.table, bias, tiling=tiling))
+    return lambda x: run(x, tiles)
 
 
-def seconds_of(function, *arguments: Array) -> float:
+def seconds_of(function: Callable, *arguments: Array) -> float:
     """Seconds of a call: the median of rounds, each of many calls that are queued at once."""
     jax.block_until_ready(function(*arguments))
     rounds = []
@@ -96,14 +102,8 @@ def error_of(result: Array, expected: Array) -> float:
     return float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
 
 
-def two_products(tables: tuple[Table, Table], tiling: Tiling):
-    @jax.jit
-    def run(x, first, second):
-        return multiply(
-            multiply(x, first, tables[0], tiling=tiling), second, tables[1], tiling=tiling
-        )
-
-    return run
+def verdict(error: float) -> str:
+    return f"error {error:.1e}, {'right' if error < TOLERANCE else 'WRONG'}"
 
 
 @jax.jit
@@ -114,31 +114,36 @@ def exact(x, left, right):
         return (x @ left.T).astype(jnp.bfloat16).astype(jnp.float32) @ right
 
 
-def line(name: str, seconds: float, products: float, moved: float, note: str = "") -> str:
-    """A row: multiplications and additions count as two operations."""
-    rates = f"{2 * products / seconds / 1e12:8.0f} {moved / seconds / 1e12:8.2f}"
-    return f"{name:44} {seconds * 1e6:9.1f} {rates}  {note}"
-
-
 def inputs(tokens: int, features: int) -> Array:
     return jax.random.normal(jax.random.key(0), (tokens, features), jnp.bfloat16)
+
+
+def report(name: str, seconds: float, weights: int, features: int, note: str = "") -> None:
+    """Prints a row.
+
+    Args:
+        name: of what was measured.
+        seconds: that it took.
+        weights: numbers that each token is multiplied with once.
+        features: numbers of a token that are read or written.
+        note: what else to say.
+    """
+    operations, moved = 2 * TOKENS * weights, 2 * (TOKENS * features + weights)
+    rates = f"{operations / seconds / 1e12:8.0f} {moved / seconds / 1e12:8.2f}"
+    print(f"{name:36} {seconds * 1e6:9.1f} {rates}  {note}", flush=True)
 
 
 def check() -> None:
     """The kernel against a dense product, at a size with ends that do not fit, and with a bias."""
     for tokens, (n, m, columns) in ((1000, LAYERS[0]), (TOKENS, LAYERS[1])):
         layer = random_layer(n, m, columns)
-        first, second = map(on_device, tiles_of(*layer))
+        products = tiles_of(*layer)
         x, bias = inputs(tokens, n), jnp.arange(m) / m
         expected = exact(x, layer.left, layer.right) + bias
         for tiling in (Tiling(128, 4), Tiling(256, 4), Tiling(256, 4, peers=2)):
-            between = multiply(x, *first, tiling=tiling)
-            error = error_of(multiply(between, *second, bias, tiling=tiling), expected)
-            verdict = "right" if error < 1e-2 else "WRONG"
-            print(
-                f"{tokens} x {n} -> {m}, {tiling}: relative error {error:.1e}, {verdict}",
-                flush=True,
-            )
+            first, second = on_device(products[0], tiling), on_device(products[1], tiling, bias)
+            error = error_of(second(first(x)), expected)
+            print(f"{tokens} x {n} -> {m}, {tiling}: {verdict(error)}", flush=True)
 
 
 def dense_times() -> None:
@@ -148,42 +153,36 @@ def dense_times() -> None:
             jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
             for shape in ((n, m), (n, columns), (columns, m))
         )
-        moved = 2 * (TOKENS * (n + m) + n * m)
         seconds = seconds_of(jax.jit(jnp.matmul), x, kernel)
-        print(line(f"{n} -> {m} dense", seconds, TOKENS * n * m, moved), flush=True)
+        report(f"{n} -> {m} dense", seconds, n * m, n + m)
         seconds = seconds_of(jax.jit(lambda x, left, right: x @ left @ right), x, left, right)
-        products, moved = TOKENS * columns * (n + m), moved + 4 * TOKENS * columns
-        print(line(f"{n} -> {m} dense, {columns} between", seconds, products, moved), flush=True)
-
-
-def sparse_times(n: int, m: int, columns: int, width: int, tiling: Tiling) -> None:
-    """The two products of a layer, and one with a table of all cells: the rate of the kernel."""
-    layer = random_layer(n, m, columns)
-    first, second = map(on_device, tiles_of(*layer, width))
-    x = inputs(TOKENS, n)
-    run = two_products((first.table, second.table), tiling)
-    error = error_of(run(x, first.tiles, second.tiles), exact(x, layer.left, layer.right))
-    seconds = seconds_of(run, x, first.tiles, second.tiles)
-    inner = len(first.table.counts) * width
-    cells = len(first.table.cells) + len(second.table.cells)
-    moved = 2 * (TOKENS * (n + 2 * inner + m) + first.tiles.size + second.tiles.size)
-    share = cells * CELL * width / (n * m)
-    note = f"{share:.2f} of dense products, error {error:.1e}" + " WRONG" * (error > 1e-2)
-    name = f"{n} -> {m} N={width} {tuple(tiling)}"
-    print(line(name, seconds, TOKENS * cells * CELL * width, moved, note), flush=True)
+        report(f"{n} -> {columns} -> {m} dense", seconds, columns * (n + m), n + 2 * columns + m)
 
 
 def full_times(n: int, m: int, width: int, tiling: Tiling) -> None:
+    """One product with a table of all cells: the rate of the kernel."""
     count = n // CELL
     table = Table(np.tile(np.arange(count), m // width), np.full(m // width, count))
-    tiles = jax.random.normal(jax.random.key(2), (len(table.cells), CELL, width), jnp.bfloat16)
-    x = inputs(TOKENS, n)
-    seconds = seconds_of(
-        jax.jit(lambda x, tiles: multiply(x, tiles, table, tiling=tiling)), x, tiles
-    )
-    moved = 2 * (TOKENS * (n + m) + n * m)
+    tiles = np.random.default_rng(2).normal(size=(len(table.cells), CELL, width))
+    seconds = seconds_of(on_device(Product(tiles, table), tiling), inputs(TOKENS, n))
     name = f"{n} -> {m} N={width} {tuple(tiling)}"
-    print(line(name, seconds, TOKENS * n * m, moved, "all cells, one product"), flush=True)
+    report(name, seconds, n * m, n + m, "all cells, one product")
+
+
+def sparse_times(n: int, m: int, columns: int, width: int, tiling: Tiling) -> None:
+    """The two products of a layer together, and each alone."""
+    layer = random_layer(n, m, columns)
+    products = tiles_of(*layer, width)
+    first, second = (on_device(product, tiling) for product in products)
+    x = inputs(TOKENS, n)
+    between = first(x)
+    error = error_of(second(between), exact(x, layer.left, layer.right))
+    seconds = seconds_of(lambda x: second(first(x)), x)
+    weights = sum(product.tiles.size for product in products)
+    alone = f"{seconds_of(first, x) * 1e6:.1f} + {seconds_of(second, between) * 1e6:.1f} us"
+    note = f"{alone}, {weights / (n * m):.2f} of dense operations, {verdict(error)}"
+    name = f"{n} -> {m} N={width} {tuple(tiling)}"
+    report(name, seconds, weights, n + 2 * between.shape[1] + m, note)
 
 
 def main() -> None:
@@ -202,9 +201,8 @@ def main() -> None:
             print(f"{arguments}: {type(error).__name__}: {lines[0][:300]}", flush=True)
 
     attempt(check)
-    print(f"{'rows, slots, peers':44} {'us':>9} {'TFLOP/s':>8} {'TB/s':>8}")
-    floor = seconds_of(jax.jit(lambda x: x + 1), jnp.zeros(8))
-    print(line("a call that does nothing", floor, 0, 0), flush=True)
+    print(f"{'N, (rows, slots, peers)':36} {'us':>9} {'TFLOP/s':>8} {'TB/s':>8}")
+    report("a call that does nothing", seconds_of(jax.jit(lambda x: x + 1), jnp.zeros(8)), 0, 0)
     attempt(dense_times)
     for width, tiling in CONFIGURATIONS:
         attempt(full_times, *LAYERS[0][:2], width, tiling)

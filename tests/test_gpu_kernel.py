@@ -1,5 +1,7 @@
 """The block-sparse product for GPUs, interpreted and lowered on a CPU, and the tables for it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,9 +80,7 @@ def test_the_schedule_takes_every_tile_once_and_is_even():
     counts = np.array([0, 12, 3, 1, 7, 2])
     work, bounds = _schedule(197, counts, 132)
     assert np.array_equal(np.sort(work), np.arange(197 * 6))
-    loads = [
-        np.sum(counts[work[a:b] % 6] + 2) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    loads = [np.sum(counts[work[a:b] % 6] + 2) for a, b in itertools.pairwise(bounds)]
     assert max(loads) - min(loads) <= max(counts) + 2
 
 

@@ -44,7 +44,7 @@ def tiles_of(
 ) -> tuple[Product, Product]:
     """The two products of a layer of blocks.
 
-    The columns between them are in an order of few cells, and zeros fill the last tile.
+    The columns between them, at least one, are in an order of few cells; zeros fill the last tile.
 
     Args:
         reads: windows of the columns on the input axis, of a multiple of 64 features.
@@ -73,17 +73,16 @@ def tiles_of(
     read, written, left, right = (
         np.pad(matrix[order], padding) for matrix in (read, written, left, right)
     )
-    return (
-        _product(left.T, read.reshape(-1, width, read.shape[1]).any(1), width),
-        _product(right, written.reshape(-1, CELL, written.shape[1]).any(1).T, width),
-    )
+    tile_reads = np.any(read.reshape(-1, width, read.shape[1]), axis=1)
+    cell_written = np.any(written.reshape(-1, CELL, written.shape[1]), axis=1)
+    return _product(left.T, tile_reads, width), _product(right, cell_written.T, width)
 
 
 def _touched(windows: Windows, span: int) -> np.ndarray:
     """Which spans of features each column's window meets, shape (K, spans)."""
     features = np.arange(windows.size)
     inside = (features - windows.start[:, None]) % windows.size < windows.length[:, None]
-    return inside.reshape(len(inside), -1, span).any(2)
+    return np.any(inside.reshape(len(inside), -1, span), axis=2)
 
 
 def _order(read: np.ndarray, written: np.ndarray, width: int) -> np.ndarray:
@@ -93,7 +92,7 @@ def _order(read: np.ndarray, written: np.ndarray, width: int) -> np.ndarray:
     products: to the first one for each tile of columns, to the second for each cell of them.
     """
     left = np.lexsort((*written.T[::-1], *read.T[::-1]))[::-1]
-    order = []
+    order: list[int] = []
     while len(left):
         if len(order) % width == 0:
             reads = np.zeros(read.shape[1], bool)

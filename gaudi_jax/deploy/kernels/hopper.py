@@ -62,12 +62,14 @@ def multiply(
     table: Table,
     bias: Array | None = None,
     *,
-    tiling: Tiling = Tiling(),
+    tiling: Tiling,
     programs: int | None = None,
     interpret: Any = None,
 ) -> Array:
-    """A block-sparse product: its columns j * N to (j + 1) * N are the sum of `x` at the cells of
-    tile j times the weights of each, and the bias.
+    """A block-sparse product, on a GPU.
+
+    Columns j * N to (j + 1) * N of the result are the sum, over the cells of tile j, of `x` at the
+    cell times the weights of the cell, and the bias.
 
     Args:
         x: input vectors, bfloat16, shape (T, n), n a multiple of 64.
@@ -134,7 +136,7 @@ def _schedule(row_tiles: int, counts: np.ndarray, programs: int) -> tuple[np.nda
     write = 2
     heavy_first = np.argsort(-counts, kind="stable")
     programs_by_load = [(0, program) for program in range(programs)]
-    shares = [[] for _ in range(programs)]
+    shares: list[list[int]] = [[] for _ in range(programs)]
     for i in range(row_tiles):
         for j in heavy_first:
             load, program = programs_by_load[0]
@@ -152,8 +154,11 @@ def _kernel(tables, x, tiles, bias, out, *, x_ring, tile_ring, pieces, full, fre
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
     def each_tile(body):
-        """Calls `body` with the first row of each of the program's tiles, its j, its first cell
-        and the end of them, and the steps so far; returns the steps."""
+        """Goes through the program's tiles and counts steps, one for each cell.
+
+        The body takes a tile's first row, its j, where its cells begin and end, and the steps
+        before it, and returns the steps after it.
+        """
 
         def visit(number, step):
             i, j = jnp.divmod(work[number], jnp.int32(out.shape[1] // columns))
@@ -220,7 +225,7 @@ def _kernel(tables, x, tiles, bias, out, *, x_ring, tile_ring, pieces, full, fre
                     piece = acc[top : top + _PIECE[0], column : column + _PIECE[1]]
                     at = j * columns + column
                     if bias is not None:
-                        added = plgpu.load(
+                        added = plgpu.load(  # type: ignore[call-arg]  # before jax 0.11
                             bias.at[pl.ds(at, _PIECE[1])],
                             layout=plgpu.Layout.WGMMA.reduce(0),
                             optimized=False,
