@@ -91,19 +91,19 @@ def _order(read: np.ndarray, written: np.ndarray, width: int) -> np.ndarray:
     Tiles are filled from the left, with the column next that adds the fewest cells to both
     products: to the first one for each tile of columns, to the second for each cell of them.
     """
-    left = np.lexsort((*written.T[::-1], *read.T[::-1]))[::-1]
+    rest = np.lexsort((*written.T[::-1], *read.T[::-1]))[::-1]
     order: list[int] = []
-    while len(left):
+    while len(rest):
         if len(order) % width == 0:
             reads = np.zeros(read.shape[1], bool)
         if len(order) % CELL == 0:
             writes = np.zeros(written.shape[1], bool)
-        added = (read[left] & ~reads).sum(1) + (written[left] & ~writes).sum(1)
+        added = (read[rest] & ~reads).sum(1) + (written[rest] & ~writes).sum(1)
         # A new tile begins with the column that touches most, and narrow ones fit in after it.
         chosen = np.argmax(added) if len(order) % width == 0 else np.argmin(added)
-        order.append(left[chosen])
-        reads, writes = reads | read[left[chosen]], writes | written[left[chosen]]
-        left = np.delete(left, chosen)
+        order.append(rest[chosen])
+        reads, writes = reads | read[rest[chosen]], writes | written[rest[chosen]]
+        rest = np.delete(rest, chosen)
     return np.array(order, int)
 
 
