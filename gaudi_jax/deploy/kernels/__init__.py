@@ -1,0 +1,1 @@
+"""Products that XLA does not have, as kernels for accelerators."""
