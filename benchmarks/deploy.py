@@ -3,7 +3,7 @@
     python benchmarks/deploy.py [--parts layers vit gpt2] [--budget 0.3] [--granularity 64]
     python benchmarks/deploy.py --parts curve [--budgets 0.1 0.2 0.3 0.45] [--granularity 64]
 
-    python benchmarks/deploy.py --images 128 --dtype bfloat16 --times 20 --autotune     # a GPU
+    python benchmarks/deploy.py --images 128 --dtype bfloat16 --times 100 --autotune     # a GPU
 
 *layers*: the three shapes of ViT-B, on 1576 tokens (8 images). The kernels are those of
 ``benchmarks/decompose.py``, like trained attention layers; the blocks are found by `decompose`.
@@ -54,13 +54,16 @@ def trained_like(n: int, m: int) -> jax.Array:
 
 
 @cache
-def gaudi(n: int, m: int, budget: float, granularity: int, folder: Path | None) -> GaudiLinear:
-    file = folder and folder / f"{n}x{m}-{budget}-{granularity}.npz"
+def gaudi(
+    n: int, m: int, budget: float, granularity: int, rank: int, folder: Path | None
+) -> GaudiLinear:
+    file = folder and folder / f"{n}x{m}-{budget}-{granularity}-{rank}.npz"
     if file and file.exists():
         factors = tuple(np.load(file).values())
     else:
-        kernel = trained_like(n, m)
-        factors = gaudi_jax.decompose(kernel, budget, granularity=granularity, rounds=20)
+        factors = gaudi_jax.decompose(
+            trained_like(n, m), budget, granularity=granularity, rank=rank, rounds=20
+        )
     if file and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(file, *factors)
@@ -89,7 +92,7 @@ def forms(
     n: int, m: int, budget: float, args: argparse.Namespace, tokens: int
 ) -> dict[str, Callable[[], Any]]:
     """How each form of a layer is made."""
-    blocks = nnx.clone(gaudi(n, m, budget, args.granularity, args.blocks))
+    blocks = nnx.clone(gaudi(n, m, budget, args.granularity, args.rank, args.blocks))
     blocks.dtype = jnp.dtype(args.dtype)  # the layout is chosen for it
     return {
         "dense": partial(dense, blocks),
@@ -109,7 +112,7 @@ def in_dtype(model: Any, name: str) -> Any:
     result = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), cast))
     for _, module in nnx.iter_modules(result):
         if hasattr(module, "param_dtype"):
-            module.dtype = module.param_dtype = dtype
+            vars(module).update(dtype=dtype, param_dtype=dtype)
     return result
 
 
@@ -167,7 +170,8 @@ def layer_rows(args: argparse.Namespace, budget: float) -> list[tuple]:
         rows.append(
             (
                 f"{n} → {m}",
-                int(gaudi(n, m, budget, args.granularity, args.blocks).multiplications()) / (n * m),
+                int(gaudi(n, m, budget, args.granularity, args.rank, args.blocks).multiplications())
+                / (n * m),
                 int(made["packed"].multiplications()) / (n * m),
                 1e3 * seconds["dense"] / args.times,
                 seconds["dense"] / seconds["packed"],
@@ -188,11 +192,14 @@ def with_layers(
     model: nnx.Module, form: str, budget: float, args: argparse.Namespace, tokens: int
 ) -> Any:
     """The model with one layer per shape in all of its blocks."""
-    model = nnx.clone(model)
+    model, made = nnx.clone(model), {}
     for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, nnx.Linear) and "blocks" in path:
             sizes = module.in_features, module.out_features
-            become(module, forms(*sizes, budget, args, tokens)[form]())
+            if sizes not in made:
+                made[sizes] = forms(*sizes, budget, args, tokens)[form]()
+            # Arrays of its own: shared ones would stay in the caches.
+            become(module, nnx.clone(made[sizes], arrays=True))
     model.eval()
     return model
 
@@ -247,6 +254,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--gpt2-budget", type=float, default=0.44)
     parser.add_argument("--granularity", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16, help="columns of a block")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.45])
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1, help="that GPT-2 decodes at once")

@@ -4,7 +4,7 @@
         [--methods WORD ...] [--budgets 0.5 0.25 0.125] [--seeds 3]
     python benchmarks/tradeoff.py --quick
 
-All methods share one recipe: dense layers for half of the steps; then these are compressed under one
+All methods share one recipe: dense layers for half of the steps; then these are compressed under a
 budget, shared out over the layers where the method can; then their factors are trained on. Trains
 every combination through ``main.py``, two runs at a time with one core each, and measures on that
 core what the deployed form takes beside a dense one (``benchmarks/latency.py``). Finished runs are
@@ -98,7 +98,10 @@ def statistics(rows: Sequence[Row], measure: str) -> dict[str, tuple[float, floa
         "time": [float(row["deployed_ms"]) / float(row["dense_ms"]) for row in rows],
     }
     return {
-        key: (float(np.mean(v)), np.std(v, ddof=1) / math.sqrt(len(v)) if len(v) > 1 else 0.0)
+        key: (
+            float(np.mean(v)),
+            float(np.std(v, ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else 0.0,
+        )
         for key, v in values.items()
     }
 

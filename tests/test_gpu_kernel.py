@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gaudi_jax.deploy.kernels.block_sparse import CELL, Product, Table, tiles_of
-from gaudi_jax.deploy.kernels.hopper import Tiling, _schedule, multiply
 from gaudi_jax.deploy.layout import Windows
+from gaudi_jax.deploy.tiles import Product, tiles_of
+from gaudi_jax.kernels.hopper import Tiling, _schedule, multiply
+from gaudi_jax.kernels.table import CELL, Table
 
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
@@ -35,7 +36,11 @@ def problem(tokens, cells, width, counts, seed=0):
         for shape in ((tokens, cells * CELL), (len(chosen), CELL, width), len(counts) * width)
     )
     x, tiles = (jnp.asarray(array, jnp.bfloat16) for array in (x, tiles))
-    return x, Product(tiles, Table(chosen, np.array(counts))), jnp.asarray(bias, jnp.float32)
+    return (
+        x,
+        Product(tiles, Table(tuple(chosen.tolist()), tuple(counts))),
+        jnp.asarray(bias, jnp.float32),
+    )
 
 
 CASES = {
@@ -114,5 +119,5 @@ def test_columns_alike_share_tiles():
     reads = Windows(kind * 128, np.full(256, 128), 512)
     writes = Windows((3 - kind) * 64, np.full(256, 64), 256)
     first, second = tiles_of(reads, writes, np.ones((256, 512)), np.ones((256, 256)), width=64)
-    assert first.table.counts.tolist() == [2, 2, 2, 2]
-    assert second.table.counts.tolist() == [1, 1, 1, 1]
+    assert first.table.counts == (2, 2, 2, 2)
+    assert second.table.counts == (1, 1, 1, 1)

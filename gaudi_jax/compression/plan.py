@@ -22,6 +22,7 @@ from gaudi_jax.compression.surgery import (
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import PackedLinear, Sigma
 from gaudi_jax.layers.packed import Layout
+from gaudi_jax.layers.tiles import Tiles
 
 #: Version of the format; raised when its meaning changes.
 FORMAT = 1
@@ -106,12 +107,12 @@ def _pack(model: nnx.Module, plan: Mapping[str, Any]) -> None:
     found, left = find_gaudi(model)
     _check_model(plan, found, left)
     for path, entry in plan["layers"].items():
-        layer, layout = found[path], _layout(path, entry)
+        layer = found[path]
         empty = functools.partial(
             PackedLinear,
             layer.in_features,
             layer.out_features,
-            None if layout is None else Layout.from_lists(layout),
+            _layout(path, entry),
             use_bias=layer.use_bias,
             dtype=layer.dtype,
             param_dtype=layer.param_dtype,
@@ -120,12 +121,15 @@ def _pack(model: nnx.Module, plan: Mapping[str, Any]) -> None:
         become(layer, nnx.eval_shape(empty) if abstract else empty())
 
 
-def _layout(path: str, entry: Mapping[str, Any]) -> Any:
+def _layout(path: str, entry: Mapping[str, Any]) -> Layout | Tiles | None:
     if "layout" not in entry:
         raise UserError(
             f"layer {path!r} of the plan lacks its layout; give that of gaudi_jax.harden"
         )
-    return entry["layout"]
+    lists = entry["layout"]
+    if lists is None:
+        return None
+    return Tiles.from_lists(lists) if "tables" in lists else Layout.from_lists(lists)
 
 
 def plan_table(plan: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 
 from gaudi_jax.deploy.layout import Compiled
 from gaudi_jax.deploy.machine import Machine
-from gaudi_jax.deploy.pack import Packer
+from gaudi_jax.deploy.pack import Packer, Tiling
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.layers import GaudiLinear, PackedLinear
+from gaudi_jax.layers.tiles import on_hopper
 from gaudi_jax.training.workdir import write_atomically
 
 CACHE_DIR = "~/.cache/gaudi_jax/layouts"
@@ -22,6 +24,16 @@ CACHE_DIR = "~/.cache/gaudi_jax/layouts"
 #: and so from many small products to few large ones.
 OVERHEADS = (0.25, 1.0, 4.0, 16.0, 64.0)
 REPEATS = 7
+#: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.
+TILES = (
+    (128, ((256, 4, 1), (256, 4, 1))),
+    (128, ((256, 4, 2), (256, 4, 2))),
+    (128, ((128, 5, 1), (256, 4, 2))),
+    (64, ((256, 4, 1), (256, 4, 1))),
+    (256, ((128, 4, 1), (128, 4, 1))),
+)
+#: A layout, or columns of a tile and the tilings of both products.
+Choice = Compiled | tuple[int, tuple[Tiling, Tiling]]
 
 
 def fastest(
@@ -39,7 +51,7 @@ def fastest(
     packer = Packer(layer)
     choices = _choices(packer, machine, tokens)
     if len(choices) == 1:
-        return packer.pack(choices[0])
+        return _packed(packer, choices[0])
     file = Path(cache_dir).expanduser() / f"{_digest(packer, choices, tokens)}.json"
     seconds = _read(file, len(choices))
     if seconds is None:
@@ -49,28 +61,40 @@ def fastest(
             write_atomically(file, json.dumps({"seconds": seconds}) + "\n")
         except OSError:
             pass  # measured again the next time
-    return packer.pack(choices[min(range(len(choices)), key=seconds.__getitem__)])
+    return _packed(packer, choices[min(range(len(choices)), key=seconds.__getitem__)])
 
 
-def _choices(packer: Packer, machine: Machine, tokens: int) -> list[Compiled]:
-    """Different layouts; the last is none, a dense kernel."""
+def _packed(packer: Packer, choice: Choice) -> PackedLinear:
+    return packer.pack(choice) if isinstance(choice, Compiled) else packer.tile(*choice)
+
+
+def _choices(packer: Packer, machine: Machine, tokens: int) -> list[Choice]:
+    """Different layouts, of which one is none, a dense kernel; and tiles where a kernel runs."""
     found = {}
     for factor in OVERHEADS:
         compiled = packer.compile(machine._replace(overhead=factor * machine.overhead), tokens)
         found[compiled.layout] = compiled
     dense = next(iter(found.values()))._replace(layout=None)
     found.pop(None, None)
-    return [*found.values(), dense]
+    tiles = [
+        (width, tilings)
+        for width, tilings in TILES
+        if packer.dtype == jnp.bfloat16 and on_hopper() and packer.tileable(width)
+    ]
+    return [*found.values(), dense, *tiles]
 
 
-def _digest(packer: Packer, choices: list[Compiled], tokens: int) -> str:
+def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
     layer = packer.layer
     what = [
         [layer.in_features, layer.out_features, tokens],
         [packer.dtype.name, jnp.dtype(layer.param_dtype).name],
         # All CPUs are of one kind to JAX.
         [jax.devices()[0].device_kind, platform.node(), os.cpu_count(), jax.__version__],
-        [choice.layout and choice.layout.to_lists() for choice in choices],
+        [
+            choice.layout and choice.layout.to_lists() if isinstance(choice, Compiled) else choice
+            for choice in choices
+        ],
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -85,10 +109,15 @@ def _read(file: Path, count: int) -> list[float] | None:
     return seconds if complete else None
 
 
-def _measure(packer: Packer, choices: list[Compiled], tokens: int) -> list[float]:
+def _measure(packer: Packer, choices: list[Choice], tokens: int) -> list[float]:
     x = jax.random.normal(jax.random.key(0), (tokens, packer.layer.in_features), packer.dtype)
 
-    times = 1 if jax.default_backend() == "cpu" else 10
-    layers = {i: Running(packer.pack(choice), x, times=times) for i, choice in enumerate(choices)}
+    times = 1 if jax.default_backend() == "cpu" else 50
+
+    def make(choice: Choice) -> Running:
+        return Running(_packed(packer, choice), x, times=times)
+
+    with ThreadPoolExecutor() as pool:  # compilation takes longer than the measurement
+        layers = dict(enumerate(pool.map(make, choices)))
     medians = interleaved_medians(layers, REPEATS)
     return [medians[index] for index in range(len(choices))]

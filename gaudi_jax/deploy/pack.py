@@ -6,8 +6,14 @@ from jaxtyping import Array
 
 from gaudi_jax.deploy.layout import Compiled, Windows, compile_layout
 from gaudi_jax.deploy.machine import Machine
+from gaudi_jax.deploy.tiles import tiles_of
+from gaudi_jax.kernels.table import CELL
 from gaudi_jax.layers import GaudiLinear, PackedLinear
+from gaudi_jax.layers.packed import Layout
+from gaudi_jax.layers.tiles import Tiles
 from gaudi_jax.masks import hard_mask, intervals
+
+Tiling = tuple[int, int, int]
 
 
 class Packer:
@@ -43,25 +49,47 @@ class Packer:
 
     def pack(self, compiled: Compiled) -> PackedLinear:
         """The packed form with a layout."""
+        packed = self._empty(compiled.layout)
+        left, right = (
+            # The last row is the columns of zeros in a layout.
+            jnp.pad(columns, ((0, 1), (0, 0)))[compiled.order]
+            for columns in self._live_columns()
+        )
+        packed.fill(left, right)
+        return packed
+
+    def tileable(self, width: int) -> bool:
+        """Whether tiles of so many columns cut the layer, and there is anything in it."""
+        layer = self.layer
+        return bool(len(self._live) and not layer.in_features % CELL | layer.out_features % width)
+
+    def tile(self, width: int, tilings: tuple[Tiling, Tiling]) -> PackedLinear:
+        """The packed form as two block-sparse products."""
+        left, right = (np.asarray(columns) for columns in self._live_columns())
+        first, second = tiles_of(self._reads, self._writes, left, right, width)
+        packed = self._empty(Tiles(width, (first.table, second.table), tilings))
+        for values, product in ((packed.v, first), (packed.u, second)):
+            values[0][...] = jnp.asarray(product.tiles, packed.param_dtype)
+        return packed
+
+    def _empty(self, layout: Layout | Tiles | None) -> PackedLinear:
+        """The packed form with its bias, and zeros."""
         layer = self.layer
         packed = PackedLinear(
             layer.in_features,
             layer.out_features,
-            compiled.layout,
+            layout,
             use_bias=layer.use_bias,
             dtype=layer.dtype,
             param_dtype=layer.param_dtype,
         )
-        columns = self._live[:, None] * layer.rank + np.arange(layer.rank)
-        left, right = (
-            # The last row is the columns of zeros in a layout.
-            jnp.pad(_columns(layer, axis)[columns.ravel()], ((0, 1), (0, 0)))[compiled.order]
-            for axis in (0, 1)
-        )
-        packed.fill(left, right)
         if packed.bias is not None and layer.bias is not None:
             packed.bias.set_value(layer.bias[...])
         return packed
+
+    def _live_columns(self) -> list[Array]:
+        columns = (self._live[:, None] * self.layer.rank + np.arange(self.layer.rank)).ravel()
+        return [_columns(self.layer, axis)[columns] for axis in (0, 1)]
 
 
 def pack(layer: GaudiLinear, machine: Machine, tokens: int) -> PackedLinear:

@@ -116,10 +116,14 @@ class StructuredLinear(nnx.Module):
                 f"{self.in_features}"
             )
         dtype = self.dtype or jnp.result_type(x, self.param_dtype)
-        y = self.product(x.astype(dtype), out_sharding)
+        return self.affine(x.astype(dtype), out_sharding)
+
+    def affine(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
+        """The product and the bias, in the dtype of x."""
+        y = self.product(x, out_sharding)
         if self.bias is None:
             return y
-        return y + self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def factored_product(

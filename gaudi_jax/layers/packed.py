@@ -10,7 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gaudi_jax.errors import UserError
+from gaudi_jax.kernels.table import CELL
 from gaudi_jax.layers.base import StructuredLinear
+from gaudi_jax.layers.tiles import Tiles
 
 #: More ranges than these are gathered feature by feature: joining many slices is slower.
 FEW = 2
@@ -120,8 +122,8 @@ class PackedLinear(StructuredLinear):
         param_dtype: dtype of the parameters.
 
     Attributes:
-        v: one matrix (length, columns) for each read.
-        u: one matrix (columns, length) for each write.
+        v: one matrix (length, columns) for each read; or the cells of the first product.
+        u: one matrix (columns, length) for each write; or the cells of the second.
         dense: kernel of shape (in, out), or None.
         bias: shape (out_features,), or None.
 
@@ -142,13 +144,13 @@ class PackedLinear(StructuredLinear):
         self,
         in_features: int,
         out_features: int,
-        layout: Layout | None,
+        layout: "Layout | Tiles | None",
         *,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
     ):
-        if layout is not None:
+        if isinstance(layout, Layout):
             _check(layout, in_features, out_features)
         self.in_features = in_features
         self.out_features = out_features
@@ -160,14 +162,22 @@ class PackedLinear(StructuredLinear):
         def zeros(*shape: int) -> nnx.Param:
             return nnx.Param(jnp.zeros(shape, param_dtype))
 
-        reads, writes = layout or NOTHING
-        self.v = nnx.List([zeros(read.length, read.columns) for read in reads])
-        self.u = nnx.List([zeros(write.depth, write.length) for write in writes])
+        if isinstance(layout, Tiles):
+            first, second = ([zeros(len(t.cells), CELL, layout.width)] for t in layout.tables)
+        else:
+            reads, writes = layout or NOTHING
+            first = [zeros(read.length, read.columns) for read in reads]
+            second = [zeros(write.depth, write.length) for write in writes]
+        self.v, self.u = nnx.List(first), nnx.List(second)
         self.dense = nnx.data(zeros(in_features, out_features) if layout is None else None)
         self.bias = nnx.data(zeros(out_features) if use_bias else None)
 
     def fill(self, left: Float[Array, "k in"], right: Float[Array, "k out"]) -> None:
-        """Sets the values from columns in the order of the reads, zero outside their windows."""
+        """Sets the values from columns in the order of the reads, zero outside their windows.
+
+        Tiles are set as they are made (`gaudi_jax.deploy.tiles`).
+        """
+        assert not isinstance(self.layout, Tiles)
         if self.dense is not None:
             kernel = jnp.matmul(left.T, right, precision="highest")
             self.dense.set_value(kernel.astype(self.param_dtype))
@@ -195,10 +205,23 @@ class PackedLinear(StructuredLinear):
             return jnp.int32(self.in_features * self.out_features)
         return jnp.int32(self.layout.multiplications)
 
+    def affine(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
+        """The product and the bias; a kernel adds it as it goes."""
+        if isinstance(self.layout, Tiles):
+            return self._tiled(x, None if self.bias is None else self.bias[...])
+        return super().affine(x, out_sharding)
+
+    def _tiled(self, x: Array, bias: Array | None) -> Array:
+        assert isinstance(self.layout, Tiles)
+        between = self.layout.product(0, x, self.v[0][...])
+        return self.layout.product(1, between, self.u[0][...], bias)
+
     def product(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
         """The product ``x @ kernel()``."""
         if self.dense is not None:
             return jnp.matmul(x, self.dense[...].astype(x.dtype), out_sharding=out_sharding)
+        if isinstance(self.layout, Tiles):
+            return self._tiled(x, None)
         reads, writes = self.layout or NOTHING
         hidden = [
             x[..., :0],

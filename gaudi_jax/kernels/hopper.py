@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from gaudi_jax.deploy.kernels.block_sparse import CELL, Table
+from gaudi_jax.kernels.table import CELL, Table
 
 # Of an H100 and an H200, for a lowering where there is none.
 _MULTIPROCESSORS = 132
@@ -115,7 +115,9 @@ def multiply(
         interpret=interpret,
     )
     work, shares = _schedule(
-        pl.cdiv(tokens, tiling.rows * tiling.peers), table.counts, programs // tiling.peers
+        pl.cdiv(tokens, tiling.rows * tiling.peers),
+        np.array(table.counts),
+        programs // tiling.peers,
     )
     starts = np.concatenate([[0], np.cumsum(table.counts)])
     tables = [jnp.asarray(a, jnp.int32) for a in (work, shares, starts, table.cells)]

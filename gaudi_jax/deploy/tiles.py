@@ -10,21 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gaudi_jax.deploy.layout import Windows
-
-# Features of a cell: of bfloat16, the widest swizzle of shared memory.
-CELL = 64
-
-
-class Table(NamedTuple):
-    """The cells that each of J tiles reads.
-
-    Attributes:
-        cells: of all tiles, one tile after another, shape (sum of counts,).
-        counts: of each tile, shape (J,).
-    """
-
-    cells: np.ndarray
-    counts: np.ndarray
+from gaudi_jax.kernels.table import CELL, Table
 
 
 class Product(NamedTuple):
@@ -57,15 +43,15 @@ def tiles_of(
         Two columns on different cells; each tile of the output reads one cell of the columns:
 
         >>> import numpy as np
-        >>> from gaudi_jax.deploy.kernels.block_sparse import tiles_of
+        >>> from gaudi_jax.deploy.tiles import tiles_of
         >>> from gaudi_jax.deploy.layout import Windows
         >>> reads = Windows(np.array([0, 64]), np.array([64, 64]), 256)
         >>> writes = Windows(np.array([0, 64]), np.array([64, 64]), 128)
         >>> first, second = tiles_of(reads, writes, np.ones((2, 256)), np.ones((2, 128)), width=64)
         >>> first.table
-        Table(cells=array([0, 1]), counts=array([2]))
+        Table(cells=(0, 1), counts=(2,))
         >>> second.table
-        Table(cells=array([0, 0]), counts=array([1, 1]))
+        Table(cells=(0, 0), counts=(1, 1))
     """
     read, written = _touched(reads, CELL), _touched(writes, width)
     order = _order(read, written, width)
@@ -111,4 +97,5 @@ def _product(matrix: np.ndarray, touched: np.ndarray, width: int) -> Product:
     """Packs a matrix of shape (n, J * N), given which cells each tile reads, shape (J, n / 64)."""
     blocks = matrix.reshape(-1, CELL, touched.shape[0], width)
     tile, cell = np.nonzero(touched)
-    return Product(blocks[cell, :, tile], Table(cell, touched.sum(1)))
+    counts = touched.sum(axis=1)
+    return Product(blocks[cell, :, tile], Table(tuple(cell.tolist()), tuple(counts.tolist())))

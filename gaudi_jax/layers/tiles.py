@@ -1,0 +1,105 @@
+"""Packed layers as two block-sparse products: the form for a kernel on Hopper GPUs."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gaudi_jax.errors import UserError
+from gaudi_jax.kernels.table import CELL, Table
+
+
+class Tiles(NamedTuple):
+    """The two products of a packed layer, each over a table of cells.
+
+    The first makes the columns of the blocks from the inputs, the second the outputs from them.
+
+    Attributes:
+        width: columns of a tile of either result.
+        tables: of both products.
+        tilings: how the kernel cuts each (`gaudi_jax.kernels.hopper.Tiling`).
+    """
+
+    width: int
+    tables: tuple[Table, Table]
+    tilings: tuple[tuple[int, int, int], tuple[int, int, int]]
+
+    @property
+    def multiplications(self) -> int:
+        """Of one input vector."""
+        return sum(sum(table.counts) for table in self.tables) * CELL * self.width
+
+    def product(
+        self,
+        number: int,
+        x: Float[Array, "*batch n"],
+        weights: Float[Array, "cells 64 width"],
+        bias: Float[Array, " m"] | None = None,
+    ) -> Float[Array, "*batch m"]:
+        """The first product (0) or the second (1), and the bias.
+
+        A kernel computes it where it can: in bfloat16, on GPUs of compute capability 9.0.
+        """
+        table, weights = self.tables[number], weights.astype(x.dtype)
+        if x.dtype == jnp.bfloat16 and on_hopper():
+            from gaudi_jax.kernels.hopper import Tiling, multiply  # slow to import
+
+            rows = x.reshape(-1, x.shape[-1])
+            y = multiply(rows, weights, table, bias, tiling=Tiling(*self.tilings[number]))
+            return y.reshape(*x.shape[:-1], -1)
+        y = _plain(x, weights, table)
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    def to_lists(self) -> dict[str, Any]:
+        """As plain values that JSON holds."""
+        return {
+            "width": self.width,
+            "tables": [[list(table.cells), list(table.counts)] for table in self.tables],
+            "tilings": [list(tiling) for tiling in self.tilings],
+        }
+
+    @classmethod
+    def from_lists(cls, lists: Mapping[str, Any]) -> "Tiles":
+        """From what `to_lists` gives.
+
+        Raises:
+            UserError: it is something else.
+        """
+        try:
+            tables = [
+                Table(tuple(map(int, cells)), tuple(map(int, counts)))
+                for cells, counts in lists["tables"]
+            ]
+            tilings = [tuple(map(int, tiling)) for tiling in lists["tilings"]]
+            whole = len(tables) == len(tilings) == 2 and all(len(t) == 3 for t in tilings)
+            if not whole or any(sum(t.counts) != len(t.cells) for t in tables):
+                raise ValueError("a table is not whole")
+            return cls(int(lists["width"]), tuple(tables), tuple(tilings))  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the tiles of a packed layer are damaged ({error}); give the plan that "
+                "gaudi_jax.harden returned"
+            ) from error
+
+
+def on_hopper() -> bool:
+    """Whether JAX computes on GPUs of compute capability 9.0."""
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def _plain(x: Array, weights: Array, table: Table) -> Array:
+    """A block-sparse product, one tile after another."""
+    cells = x.reshape(*x.shape[:-1], -1, CELL)
+    ends = np.cumsum(table.counts)
+    tiles = [
+        jnp.tensordot(
+            cells[..., np.array(table.cells[end - count : end], int), :],
+            weights[end - count : end],
+            axes=2,
+        )
+        for count, end in zip(table.counts, ends, strict=True)
+    ]
+    return jnp.concatenate(tiles, axis=-1)
