@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gaudi_jax.errors import UserError
-from gaudi_jax.layers.base import StructuredLinear
+from gaudi_jax.layers.base import StructuredLinear, placed
 
 #: More ranges than these are gathered feature by feature: joining many slices is slower.
 FEW = 2
@@ -185,7 +184,11 @@ class PackedLinear(StructuredLinear):
         """The dense kernel, shape (in_features, out_features)."""
         return self.product(jnp.eye(self.in_features, dtype=self.param_dtype))
 
-    def set_kernel(self, kernel: Float[Array, "in out"]) -> None:
+    def set_kernel(
+        self,
+        kernel: Float[Array, "in out"],
+        second_moment: Float[Array, "in in"] | None = None,
+    ) -> None:
         """A packed layer is not trained anew."""
         raise UserError("a packed layer keeps its kernel; make another one with gaudi_jax.harden")
 
@@ -212,12 +215,7 @@ class PackedLinear(StructuredLinear):
             jnp.matmul(_parts(z, write.columns), u[...].astype(x.dtype))
             for write, u in zip(writes, self.u, strict=True)
         ]
-        y = jnp.concatenate(outputs, axis=-1)
-        if out_sharding is None:
-            return y
-        if jax.typeof(y).sharding.mesh.explicit_axes:
-            return jax.sharding.reshard(y, out_sharding)
-        return jax.lax.with_sharding_constraint(y, out_sharding)
+        return placed(jnp.concatenate(outputs, axis=-1), out_sharding)
 
 
 def _window(read: Read, size: int) -> Ranges:
