@@ -85,17 +85,17 @@ def test_blast_finds_a_blast_matrix():
     rng = np.random.default_rng(0)
     shapes = (4, 3, 8), (4, 4, 3), (4, 3, 6)
     kernel = blast_kernel(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes))
-    found = BlastLinear.from_kernel(kernel, blocks=4, rank=4)
-    assert float(relative_error(kernel, found.kernel())) < 0.02
+    found = BlastLinear.from_kernel(kernel, blocks=4, rank=3)
+    assert float(relative_error(kernel, found.kernel())) < 1e-3
 
 
 @pytest.mark.parametrize("weighed", [False, True])
 def test_errors_of_block_sparse_fits_fall(weighed):
     kernel, *_ = golden("olb_decay_192x96")
-    moment = moment_of(192) if weighed else None
+    moment = moment_of(96) if weighed else None
     errors = [
         float(relative_error(kernel, block_sparse_kernel(*parts), moment))
-        for sweeps in (1, 2, 4, 8)
+        for sweeps in (0, 1, 2, 5, 20, 100)
         for parts in [block_sparse_factors(kernel, 8, 3, 6, moment, sweeps=sweeps)]
     ]
     assert all(np.diff(errors) < 0)
@@ -123,7 +123,7 @@ FITS = {
     "monarch": lambda kernel, moment: monarch_kernel(*monarch_factors(kernel, 4, 2, moment)),
     "blast": lambda kernel, moment: blast_kernel(*blast_factors(kernel, 4, 6, moment, steps=20)),
     "block_sparse": lambda kernel, moment: block_sparse_kernel(
-        *block_sparse_factors(kernel, 4, 1, 2, moment, sweeps=3)
+        *block_sparse_factors(kernel, 4, 1, 2, moment, sweeps=10)
     ),
 }
 
@@ -191,7 +191,7 @@ def test_layers_from_scratch_have_the_scale_of_dense_ones(name):
         128, 64, kernel_init=nnx.initializers.normal(0.1), rngs=nnx.Rngs(0)
     )
     scale = float(jnp.sqrt(jnp.mean(layer.kernel() ** 2)))
-    assert 0.075 < scale < 0.115
+    assert 0.07 < scale < 0.115
     assert not layer.bias[...].any()
 
 

@@ -8,27 +8,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gaudi_jax.decomposition.low_rank import regularise, svd_factors
+from gaudi_jax.decomposition.low_rank import preconditioned, regularise, svd_factors
 
 #: Steps on each of the three factors, as many as the paper's.
 STEPS = 300
 #: Share of a Gram matrix's mean diagonal, times the relative error, that is added to its diagonal.
 RIDGE = 0.1
-#: Smallest share.
-LEAST_RIDGE = 1e-5
 
 #: The factors v, s and u.
 Parts = tuple[Float[Array, "b rank m"], Float[Array, "b b rank"], Float[Array, "b rank o"]]
 
 
-@partial(jax.jit, static_argnames=("blocks", "rank", "steps"))
+@partial(jax.jit, static_argnames=("blocks", "rank"))
 def blast_factors(
     kernel: Float[Array, "in out"],
     blocks: int,
     rank: int,
     second_moment: Float[Array, "in in"] | None = None,
     *,
-    steps: int = STEPS,
+    steps: int | Array = STEPS,
 ) -> Parts:
     """Factors (v, s, u) by preconditioned gradient descent, from the truncated SVD.
 
@@ -149,33 +147,20 @@ class Metric(NamedTuple):
 def _towards_v(v, s, u, gradient, ridge, metric):
     gram = jnp.einsum("ijk,ijl,jkl->ikl", s, s, jnp.einsum("jkm,jlm->jkl", u, u))
     slope = jnp.einsum("injm,ijk,jkm->ikn", gradient, s, u)
-    return _solved(gram, metric.undone(slope), ridge)
+    return preconditioned(gram, metric.undone(slope), ridge)
 
 
 def _towards_s(v, s, u, gradient, ridge, metric):
     gram = metric.gram(v)[:, None] * jnp.einsum("jkm,jlm->jkl", u, u)[None]
     slope = jnp.einsum("injm,ikn,jkm->ijk", gradient, v, u)
-    return _solved(gram, slope[..., None], ridge)[..., 0]
+    return preconditioned(gram, slope[..., None], ridge)[..., 0]
 
 
 def _towards_u(v, s, u, gradient, ridge, metric):
     gram = jnp.einsum("ijk,ijl,ikl->jkl", s, s, metric.gram(v))
     slope = jnp.einsum("injm,ijk,ikn->jkm", gradient, s, v)
-    return _solved(gram, slope, ridge)
+    return preconditioned(gram, slope, ridge)
 
 
 #: By the index of the factor.
 _DIRECTIONS = (_towards_v, _towards_s, _towards_u)
-
-
-def _solved(
-    gram: Float[Array, "*b rank rank"], slope: Float[Array, "*b rank k"], ridge: Float[Array, ""]
-) -> Float[Array, "*b rank k"]:
-    """The gradient times the inverse of the regularised Gram matrix."""
-    rank = gram.shape[-1]
-    size = jnp.trace(gram, axis1=-2, axis2=-1) / rank
-    # Never so little that rounding leaves the sum without an inverse.
-    added = jnp.maximum(ridge, LEAST_RIDGE) * size + 1e-30
-    eye = jnp.eye(rank).reshape((1,) * (gram.ndim - 2) + (rank, rank))
-    root = jax.scipy.linalg.cho_factor(gram + added[..., None, None] * eye, lower=True)[0]
-    return jax.scipy.linalg.cho_solve((root, True), slope)

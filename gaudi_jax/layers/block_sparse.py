@@ -40,9 +40,9 @@ class BlockSparseLinear(GridLinear):
     highest rank that the rest buys. Since there are few diagonals, log2(blocks) + 1 at most, and
     each costs in·out / blocks, the low-rank part often gets more than that.
 
-    A fit to a dense kernel alternates: the truncated SVD of what the blocks leave, and the blocks
-    of what the low-rank part leaves (`gaudi_jax.decomposition.block_sparse`). From scratch one
-    round must do, as a random kernel gains little by more.
+    A fit to a dense kernel alternates between the low-rank part of what the blocks leave, and the
+    blocks of what the low-rank part leaves (`gaudi_jax.decomposition.block_sparse`). From scratch
+    the first round must do, as a random kernel gains little by more.
 
     Args:
         in_features: features of the input.
@@ -117,7 +117,7 @@ class BlockSparseLinear(GridLinear):
         self.diagonals = diagonals
         self.rank = rank
         dense = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-        v, u, sparse = block_sparse_factors(dense, blocks, diagonals, rank, sweeps=1)
+        v, u, sparse = block_sparse_factors(dense, blocks, diagonals, rank, sweeps=0)
         self.v = nnx.Param(v.astype(param_dtype))
         self.u = nnx.Param(u.astype(param_dtype))
         self.sparse = nnx.Param(sparse.astype(param_dtype))
