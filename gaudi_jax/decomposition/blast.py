@@ -66,9 +66,8 @@ def blast_factors(
     u = right.reshape(rank, blocks, m // blocks).swapaxes(0, 1)
     norm = jnp.maximum(jnp.vdot(kernel, metric.times(kernel)), 1e-30)
 
-    def moved(parts: Parts, which: int) -> Parts:
-        """One step on one of the factors."""
-        residual = kernel - blast_kernel(*parts)
+    def moved(parts: Parts, residual: Array, which: int) -> tuple[Parts, Array]:
+        """One step on one of the factors, and the residual after it."""
         gradient = metric.times(residual)
         ridge = RIDGE * jnp.sqrt(jnp.vdot(residual, gradient) / norm)
         grid = gradient.reshape(blocks, n // blocks, blocks, m // blocks)
@@ -76,11 +75,12 @@ def blast_factors(
         change = blast_kernel(*_with(parts, which, direction))
         curvature = jnp.vdot(change, metric.times(change))
         length = jnp.vdot(change, gradient) / jnp.maximum(curvature, 1e-30)
-        return _with(parts, which, parts[which] + length * direction)
+        return _with(parts, which, parts[which] + length * direction), residual - length * change
 
     def step(_: int, parts: Parts) -> Parts:
+        residual = kernel - blast_kernel(*parts)
         for which in range(3):
-            parts = moved(parts, which)
+            parts, residual = moved(parts, residual, which)
         return parts
 
     return lax.fori_loop(0, steps, step, (v, jnp.ones((blocks, blocks, rank)), u))
