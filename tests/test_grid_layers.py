@@ -57,8 +57,7 @@ def test_monarch_is_the_block_wise_svd(name):
     np.testing.assert_allclose(layer.kernel(), wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("blocks", [4, 8])
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize(("name", "blocks"), [*((name, 4) for name in MEASURED), (BLOCKS[0], 8)])
 def test_blast_is_better_than_low_rank_at_its_cost(name, blocks):
     kernel, budget, low_rank = golden(name)
     layer = BlastLinear.from_kernel(kernel, **BlastLinear.affordable(*kernel.shape, blocks, budget))
