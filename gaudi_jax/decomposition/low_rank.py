@@ -80,7 +80,7 @@ def preconditioned(
     Example:
         >>> import jax.numpy as jnp
         >>> from gaudi_jax.decomposition.low_rank import preconditioned
-        >>> preconditioned(4 * jnp.eye(2), jnp.ones((2, 1)), 1.0)
+        >>> preconditioned(4 * jnp.eye(2), jnp.ones((2, 1)), 1.0).round(3)
         Array([[0.125],
                [0.125]], dtype=float32)
     """
