@@ -3,9 +3,10 @@
     python main.py --config=configs/cifar10_vit_s_gaudi.py --workdir=runs/cifar10
     python main.py --config=configs/cifar10_vit_s_gaudi.py:layer=dense --workdir=runs/cifar10_dense
 
-Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper|search``, ``budget=0.3``,
-``epochs=300``, ``smoke``, and ``data=tfds:cifar10`` (prepared once with TensorFlow Datasets) or
-``data=folder:PATH`` with ``PATH/train/<class>/*``. 5000 training images are held out.
+Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
+``recipe=budget|paper|search``, ``budget=0.3``, ``epochs=300``, ``smoke``, and ``data=tfds:cifar10``
+(prepared once with TensorFlow Datasets) or ``data=folder:PATH`` with ``PATH/train/<class>/*``. 5000
+training images are held out.
 
 The model is 768 wide with 8 blocks of 8 heads on 4x4 patches. 45 000 images x 300 epochs / 1024 =
 13 183 steps. The paper's recipe: learning rate 5e-4 with a cosine, weight decay 0.05, structural

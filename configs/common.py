@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from gaudi_jax.errors import UserError
+from gaudi_jax.layers.factory import GRID_LAYERS
 
 Argument = Any  # str, float, int or bool
 
@@ -126,13 +127,16 @@ def base_config() -> ConfigDict:
     config.layer = ConfigDict({"attention": {"name": "dense"}, "mlp": {"name": "dense"}})
     config.compress = ConfigDict(
         {
-            "method": "none",  # gaudi, low_rank or best: compresses the dense layers
+            # gaudi, low_rank, monarch, blast, block_sparse or best: compresses the dense layers
+            "method": "none",
             # (after this share of the steps, multiplications over dense of the layers that match)
             "stages": ((0.0, 0.25),),
             "rules": (("blocks/.*", None),),  # (pattern of paths, budget; None for the stage's)
             "allocation": "global",  # or uniform
             "rank": 1,
             "granularity": 1,
+            # Parts of each axis for monarch, blast and block_sparse; None for 4, 4 and 16.
+            "grid": config_dict.placeholder(int),
             "calibration_batches": 0,  # of training examples whose outputs are kept; 0 for none
             "rounds": 40,  # effort
         }
@@ -220,7 +224,7 @@ def text_config() -> ConfigDict:
 
 #: Arguments that every config which trains from scratch takes.
 LAYER_ARGUMENTS: dict[str, Argument] = {
-    "layer": "gaudi",  # gaudi, low_rank or dense
+    "layer": "gaudi",  # gaudi, low_rank, monarch, blast, block_sparse or dense
     "attention": "",  # the same for the attention layers alone
     "mlp": "",  # and for the MLPs alone
     "recipe": "budget",  # budget or search, or for gaudi paper
@@ -297,7 +301,7 @@ def use_layer(
     elif args["recipe"] == "paper":
         if "gaudi" not in kinds:
             args.reject("recipe", because="without Gaudi layers")
-        if "low_rank" not in kinds:
+        if kinds == {"gaudi"}:
             args.reject("budget", because="on recipe=paper")
     gaudi: dict = {"name": "gaudi", "rank": 1, "granularity": 1}
     if args["recipe"] == "budget":
@@ -311,7 +315,10 @@ def use_layer(
         gaudi.update(backward_smoothing=2.0, widths=widths, locations="spaced")
         config.optimizer.layer_moment = True
         config.controller.update(name="budget", target=args["budget"], floor=0.6 * args["budget"])
-    options = {"gaudi": gaudi, "low_rank": {"name": "low_rank", "budget": args["budget"]}}
+    options = {"gaudi": gaudi, "low_rank": {"name": "low_rank", "budget": args["budget"]}} | {
+        name: {"name": name, "budget": args["budget"], "blocks": layer.usual_blocks}
+        for name, layer in GRID_LAYERS.items()
+    }
     with config.unlocked():
         for part, name in names.items():
             config.layer[part] = ConfigDict(options.get(name, {"name": name}))
@@ -365,10 +372,11 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
     Raises:
         UserError: the method is unknown.
     """
-    if args["method"] not in ("gaudi", "low_rank", "best"):
-        raise UserError(f"unknown method {args['method']!r}; use gaudi, low_rank or best")
-    if args["method"] == "low_rank":
-        args.reject("granularity", because="on method=low_rank")
+    methods = ("gaudi", "low_rank", *GRID_LAYERS, "best")
+    if args["method"] not in methods:
+        raise UserError(f"unknown method {args['method']!r}; use {', '.join(methods)}")
+    if args["method"] not in ("gaudi", "best"):
+        args.reject("granularity", because=f"on method={args['method']}")
     config.init_from = args["dense"]
     if not args["dense"]:
         with config.unlocked():

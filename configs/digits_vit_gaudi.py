@@ -3,8 +3,8 @@
     python main.py                                                    # this config, in runs/
     python main.py --config=configs/digits_vit_gaudi.py:layer=dense --workdir=runs/dense
 
-Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper|search``, ``budget=0.33``,
-``smoke``.
+Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
+``recipe=budget|paper|search``, ``budget=0.33``, ``smoke``.
 
 1097 training images of 8x8 pixels, 3000 steps of 64: 175 epochs. About a minute on two CPU cores.
 Expected test accuracies, over five seeds, are in docs/results.md.

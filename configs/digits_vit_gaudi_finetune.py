@@ -9,8 +9,9 @@ their blocks are then found anew, on a coarser grid for example, which deploys f
 
     python main.py --config=configs/digits_vit_gaudi_finetune.py:dense=WORKDIR,granularity=16
 
-Arguments: ``method=gaudi|low_rank|best``, ``budget=0.24`` (of the transformer blocks' layers; with
-patch embedding and head it comes to 0.25), ``granularity=1``, ``dense=WORKDIR``, ``smoke``.
+Arguments: ``method=gaudi|low_rank|monarch|blast|block_sparse|best``, ``budget=0.24`` (of the
+transformer blocks' layers; with patch embedding and head it comes to 0.25), ``granularity=1``,
+``dense=WORKDIR``, ``smoke``.
 
 About five minutes on two CPU cores. Expected test accuracies are in docs/results.md.
 """

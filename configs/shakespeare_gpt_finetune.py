@@ -7,8 +7,9 @@ First trains the dense model (``configs/shakespeare_gpt_gaudi.py:layer=dense``) 
 folder ``dense``, or takes the one of the run that ``dense=`` names, whose text must have had the
 same characters.
 
-Arguments: ``text=PATH``, ``size=cpu|gpu``, ``method=gaudi|low_rank|best``, ``budget=0.44`` (of the
-blocks' layers), ``granularity=1``, ``dense=WORKDIR``, ``smoke``.
+Arguments: ``text=PATH``, ``size=cpu|gpu``,
+``method=gaudi|low_rank|monarch|blast|block_sparse|best``, ``budget=0.44`` (of the blocks' layers),
+``granularity=1``, ``dense=WORKDIR``, ``smoke``.
 """
 
 from configs import shakespeare_gpt_gaudi

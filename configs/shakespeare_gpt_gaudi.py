@@ -5,9 +5,10 @@
 
 The text is the file "tinyshakespeare" (1.1 MB), or any other.
 
-Arguments: ``text=PATH``, ``size=cpu|gpu``, ``layer=gaudi|low_rank|dense``,
-``recipe=search|budget|paper``, ``budget=0.5``, ``smoke`` (embedded text); ``attention=``,
-``attention_out=`` and ``mlp=`` choose the layers of a part.
+Arguments: ``text=PATH``, ``size=cpu|gpu``,
+``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``, ``recipe=search|budget|paper``,
+``budget=0.5``, ``smoke`` (embedded text); ``attention=``, ``attention_out=`` and ``mlp=`` choose
+the layers of a part.
 
 The sizes are nanoGPT's. ``cpu``: 4 layers of 4 heads, 128 wide, windows of 64 characters, 2000
 steps of 12 windows, some minutes on two CPU cores. ``gpu``: 6 layers of 6 heads, 384 wide, windows

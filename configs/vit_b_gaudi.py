@@ -3,9 +3,10 @@
     python main.py --config=configs/vit_b_gaudi.py --workdir=runs/vit_b_gaudi
     python main.py --config=configs/vit_b_gaudi.py:layer=dense --workdir=runs/vit_b_dense
 
-Arguments: ``layer=gaudi|low_rank|dense``, ``recipe=budget|paper|search``, ``budget=0.33``,
-``epochs=310``, ``smoke``, and ``data=tfds:imagenet2012`` (prepared once with TensorFlow Datasets)
-or ``data=folder:PATH`` with ``PATH/train/<class>/*`` and ``PATH/validation/<class>/*``.
+Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
+``recipe=budget|paper|search``, ``budget=0.33``, ``epochs=310``, ``smoke``, and
+``data=tfds:imagenet2012`` (prepared once with TensorFlow Datasets) or ``data=folder:PATH`` with
+``PATH/train/<class>/*`` and ``PATH/validation/<class>/*``.
 
 1 281 167 images x 310 epochs (300 and 10 of cooldown) / 1024 = 387 853 steps. The paper's recipe:
 learning rate 1e-3, 10 epochs of warm-up from 1e-6, a cosine to 1e-5, weight decay 0.05, structural

@@ -6,9 +6,10 @@
 Starts from a Hugging Face folder or id, or from the workdir of a dense run of
 ``configs/vit_b_gaudi.py:layer=dense``.
 
-Arguments: ``dense=google/vit-base-patch16-224``, ``method=gaudi|low_rank|best``, ``budget=0.3``,
-``granularity=1``, ``epochs=35``, ``data=tfds:imagenet2012`` or ``data=folder:PATH``, ``smoke``
-(trains a small dense model on generated images first).
+Arguments: ``dense=google/vit-base-patch16-224``,
+``method=gaudi|low_rank|monarch|blast|block_sparse|best``, ``budget=0.3``, ``granularity=1``,
+``epochs=35``, ``data=tfds:imagenet2012`` or ``data=folder:PATH``, ``smoke`` (trains a small dense
+model on generated images first).
 
 The paper's recipe: 35 epochs, batches of 1024, learning rate 1e-4 with a cosine, weight decay 0.05,
 drop path 0.1; here the structure is found by search on the outputs of 2048 training images, stays

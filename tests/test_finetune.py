@@ -236,6 +236,33 @@ def test_moments_follow_the_chain_rule(method):
     assert jax.tree.structure(with_moments(fresh, carried)) == jax.tree.structure(fresh)
 
 
+@pytest.mark.parametrize("method", ["monarch", "blast", "block_sparse"])
+def test_moments_of_layers_on_a_grid_follow_the_chain_rule(method):
+    dense = nnx.Linear(8, 12, rngs=nnx.Rngs(0))
+    layer, _ = gaudi_jax.compress(dense, 0.75, method=method, grid=2, progress=False)
+    gradient, square = jax.random.uniform(jax.random.key(1), (2, 8, 12))
+    known = {("kernel",): gradient}, {("kernel",): square}
+    carried = carry_moments(Moments(jnp.int32(7), *known), layer)
+    parts = [name for (name,) in carried.first]
+    assert sorted(parts) == {"monarch": ["u", "v"], "blast": ["s", "u", "v"]}.get(
+        method, ["sparse", "u", "v"]
+    )
+    for name in parts:
+        variable = getattr(layer, name)
+        value = np.array(variable[...])
+        place = tuple(size // 2 for size in value.shape)
+        variable[...] = variable[...].at[place].add(1.0)
+        derivative = layer.kernel()
+        variable[...] = jnp.asarray(value)
+        derivative = derivative - layer.kernel()
+        for moment, cotangent, power in (
+            (carried.first, gradient, 1),
+            (carried.second, square, 2),
+        ):
+            expected = (derivative**power * cotangent).sum()
+            np.testing.assert_allclose(moment[(name,)][place], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_moments_of_a_layer_over_several_axes():
     dense = nnx.Sequential(nnx.LinearGeneral(6, (2, 4), rngs=nnx.Rngs(0)))
     model, _ = gaudi_jax.compress(dense, 0.9, method="low_rank", progress=False)

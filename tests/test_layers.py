@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gaudi_jax import GaudiLinear, LowRankLinear, Structural
+from gaudi_jax import (
+    BlastLinear,
+    BlockSparseLinear,
+    GaudiLinear,
+    LowRankLinear,
+    MonarchLinear,
+    Structural,
+)
+from gaudi_jax.cost import cost
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import initializers
 from gaudi_jax.layers.base import factored_product
@@ -42,6 +50,20 @@ LAYERS = {
     "gaudi_evaluation": lambda: nnx.view(random_gaudi(12, 20, sigma=2.0), deterministic=True),
     "gaudi_fft": lambda: random_gaudi(12, 20, sigma=4.0, mask_method="fft"),
     "gaudi_more_blocks": lambda: random_gaudi(6, 10, num_blocks=9),
+    "monarch": lambda: MonarchLinear(12, 20, blocks=4, rank=1, rngs=nnx.Rngs(0)),
+    "monarch_above_dense": lambda: MonarchLinear(
+        15, 9, blocks=3, rank=3, use_bias=False, rngs=nnx.Rngs(0)
+    ),
+    "blast": lambda: BlastLinear(12, 20, blocks=2, rank=3, rngs=nnx.Rngs(0)),
+    "blast_above_dense": lambda: BlastLinear(
+        15, 9, blocks=3, rank=9, use_bias=False, rngs=nnx.Rngs(0)
+    ),
+    "block_sparse": lambda: BlockSparseLinear(
+        16, 24, blocks=8, diagonals=3, rank=2, rngs=nnx.Rngs(0)
+    ),
+    "block_sparse_above_dense": lambda: BlockSparseLinear(
+        14, 6, blocks=2, diagonals=2, rank=5, use_bias=False, rngs=nnx.Rngs(0)
+    ),
 }
 
 
@@ -93,6 +115,36 @@ def test_vmap_over_inputs_and_bfloat16(layer):
     layer.dtype = None
     error = np.linalg.norm(np.asarray(y, np.float32) - layer(x)) / np.linalg.norm(layer(x))
     assert error < 0.03
+
+
+class Bare(nnx.Module):
+    """A layer without what counts it: its products are those of no layer."""
+
+    def __init__(self, layer):
+        self.product = layer.product
+
+    def __call__(self, x):
+        return self.product(x)
+
+
+# Masked factors are multiplied whole until they are packed.
+@pytest.mark.parametrize("name", [name for name in LAYERS if "gaudi" not in name])
+def test_cost_of_fixed_structures_is_what_is_multiplied(name):
+    layer = built(name)
+    products = [
+        cost(Bare(layer), jax.ShapeDtypeStruct((tokens, layer.in_features), "float32"))
+        for tokens in (1, 10_000)
+    ]
+    one, many = (result.total_multiplications for result in products)
+    dense = layer.in_features * layer.out_features
+    price = int(layer.multiplications())
+    if price < dense:
+        assert (one, many) == (price, 10_000 * price)
+    else:
+        # Composed once, and then multiplied like a dense kernel.
+        assert 0 < many - 10_000 * dense < 10_000
+    result = cost(layer, jax.ShapeDtypeStruct((7, layer.in_features), "float32"))
+    assert result.multiplications == 7 * price
 
 
 def test_both_orders_of_the_factors_agree():
@@ -342,7 +394,51 @@ def test_initialisers_are_traceable_and_param_dtype_is_kept():
         (lambda: LowRankLinear(8, 6, rank=7, rngs=nnx.Rngs(0)), r"rank=7.*\[1, 6\]"),
         (lambda: GaudiLinear(8, 6, rngs=nnx.Rngs(0))(jnp.ones((2, 6))), "in_features=8"),
         (lambda: initializers.split_widths(0.0), "density=0"),
-        (lambda: linear_factory({"name": "blast"}), "'blast'"),
+        (lambda: linear_factory({"name": "magic"}), "unknown layer 'magic'"),
+        (lambda: linear_factory({"name": "blast"}), "'blast' needs rank or budget"),
+        (lambda: linear_factory({"name": "monarch", "rank": 1, "budget": 0.5}), "not both"),
+        (lambda: linear_factory({"name": "monarch", "budget": -1.0}), "budget=-1"),
+        (lambda: linear_factory({"name": "block_sparse", "rank": 1}), "rank and diagonals"),
+        (
+            lambda: linear_factory({"name": "block_sparse", "budget": 0.5, "low_rank_share": 1.0}),
+            "low_rank_share=1.0",
+        ),
+        (
+            lambda: linear_factory({"name": "blast", "budget": 0.5, "blocks": 0})(
+                8, 8, rngs=nnx.Rngs(0)
+            ),
+            "blocks=0 must be at least 1",
+        ),
+        *(
+            (
+                lambda name=name: linear_factory({"name": name, "budget": 0.1})(
+                    16, 32, rngs=nnx.Rngs(0)
+                ),
+                "a budget of 0.09961 is less than .*give at least 0.",
+            )
+            for name in ("monarch", "blast", "block_sparse")
+        ),
+        (
+            lambda: MonarchLinear(8, 6, blocks=4, rank=1, rngs=nnx.Rngs(0)),
+            "blocks=4 does not divide both axes of a 8x6 layer; use 2",
+        ),
+        (
+            lambda: MonarchLinear(8, 12, blocks=2, rank=5, rngs=nnx.Rngs(0)),
+            r"rank=5 of a 8x12 layer must lie in \[1, 4\]",
+        ),
+        (lambda: BlastLinear(8, 6, blocks=2, rank=7, rngs=nnx.Rngs(0)), r"rank=7.*\[1, 6\]"),
+        (
+            lambda: BlockSparseLinear(12, 12, blocks=6, diagonals=1, rank=1, rngs=nnx.Rngs(0)),
+            "blocks=6 must be a power of two for a butterfly; use 4",
+        ),
+        (
+            lambda: BlockSparseLinear(8, 8, blocks=4, diagonals=4, rank=1, rngs=nnx.Rngs(0)),
+            r"diagonals=4 must lie in \[1, 3\]",
+        ),
+        (
+            lambda: BlockSparseLinear(8, 8, blocks=4, diagonals=1, rank=0, rngs=nnx.Rngs(0)),
+            "rank=0",
+        ),
         (lambda: linear_factory({"name": "gaudi", "ranks": 1}), "'ranks'"),
         (lambda: linear_factory({"name": "low_rank"}), "rank or budget"),
         (

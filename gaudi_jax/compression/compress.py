@@ -49,6 +49,7 @@ def compress(
     method: Method = "gaudi",
     rank: int = 1,
     granularity: int | tuple[int, int] = 1,
+    grid: int | None = None,
     allocation: Allocation = "uniform",
     calibration: Iterable[Any] | None = None,
     rounds: int = ROUNDS,
@@ -73,10 +74,16 @@ def compress(
         rules: `Rule`s, or mappings with the same keys; the first that matches a layer holds.
         method: "gaudi" for `GaudiLinear`s found by search, "low_rank" for `LowRankLinear`s of the
             truncated SVD (with calibration: whitened SVD), "best" for the one of both with the
-            smaller error, "skip" to leave layers whose rule names no method.
+            smaller error, "monarch" for `MonarchLinear`s of block-wise SVD, "blast" for
+            `BlastLinear`s of preconditioned gradient descent, "block_sparse" for
+            `BlockSparseLinear`s of alternating fits, "skip" to leave layers whose rule names no
+            method.
         rank: columns of each block.
         granularity: grid cell of the blocks' intervals in features: a number, or a pair (input,
             output). Each axis takes its largest divisor not above it.
+        grid: parts of each axis for "monarch", "blast" and "block_sparse": the largest number not
+            above it that divides both axes of a layer is taken (for "block_sparse" a power of two);
+            None for 4, 4 and 16.
         allocation: "uniform" gives each layer the same fraction. "global" spends the same total
             where it takes most off the sum of the layers' squared relative errors, as their
             singular values foretell it; layers whose rule has a budget keep that.
@@ -118,6 +125,7 @@ def compress(
         method=method,
         rank=rank,
         granularity=granularity,
+        grid=grid,
         allocation=allocation,
     )
     for path in choices:
@@ -205,6 +213,7 @@ def choose_layers(
     method: Method,
     rank: int,
     granularity: int | tuple[int, int],
+    grid: int | None,
     allocation: Allocation,
 ) -> Chosen:
     """Finds what `compress` would do to each layer, and checks its options.
@@ -216,6 +225,7 @@ def choose_layers(
         method: see there.
         rank: see there.
         granularity: see there.
+        grid: see there.
         allocation: see there.
 
     Raises:
@@ -224,7 +234,7 @@ def choose_layers(
     if allocation not in get_args(Allocation):
         raise UserError(f"unknown allocation {allocation!r}; use 'uniform' or 'global'")
     network, ordered = _budget_and_rules(budget, rules)
-    default = Rule(".*", method, network, rank, granularity)
+    default = Rule(".*", method, network, rank, granularity, grid)
     dense, left = find_dense(model)
     shapes = {path: matrix_shape(module) for path, module in dense.items()}
     choices, passed_over = choose(ordered, default, shapes, left)

@@ -1,7 +1,7 @@
 """One dense layer on its way to a structured one."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,12 @@ from gaudi_jax.compression.calibration import Moments
 from gaudi_jax.compression.rules import Choice
 from gaudi_jax.compression.surgery import features, fill, install, matrix_shape, structure
 from gaudi_jax.decomposition import Factors, decompose, relative_error, svd_factors
+from gaudi_jax.layers.factory import GRID_LAYERS
 
 #: An entry of the plan, and the values of the layer that it describes.
 Solution = tuple[dict[str, Any], dict[str, Any]]
+#: The same, and the kernel that the layer has.
+Candidate = tuple[dict[str, Any], dict[str, Any], Array]
 
 
 class Layer:
@@ -64,13 +67,15 @@ class Layer:
         """
         kernel, moment = self._kernel(), self._second_moment()
         candidates = []
-        if self.choice.method != "low_rank":
+        if self.choice.method in GRID_LAYERS:
+            candidates.append(self._on_grid(kernel, moment, cost))
+        if self.choice.method in ("gaudi", "best"):
             candidates.append(self._gaudi(kernel, moment, cost, rounds, key))
-        if self.choice.method != "gaudi" and cost >= min(sum(self.shape), math.prod(self.shape)):
+        affordable = cost >= min(sum(self.shape), math.prod(self.shape))
+        if self.choice.method in ("low_rank", "best") and affordable:
             candidates.append(self._low_rank(kernel, moment, cost))
         measured = []
-        for entry, values in candidates:
-            approximation = jnp.asarray(_product(values["v"], values["u"]))
+        for entry, values, approximation in candidates:
             errors = [relative_error(kernel, approximation, c) for c in (None, moment)]
             entry["error"] = float(errors[0])
             entry["activation_error"] = None if moment is None else float(errors[1])
@@ -92,7 +97,7 @@ class Layer:
         fill(layer, values, self.module)
         install(layer, self.module)
 
-    def _gaudi(self, kernel, moment, cost, rounds, key) -> Solution:
+    def _gaudi(self, kernel, moment, cost, rounds, key) -> Candidate:
         n, m = self.shape
         rank, granularity = self.choice.rank, self.choice.granularity
         # Half a multiplication more, lest rounding loses a whole one.
@@ -112,14 +117,35 @@ class Layer:
         used = Factors(v[:blocks], u[:blocks], widths[:, :blocks], locations[:, :blocks])
         values = {name: self._rounded(name, value) for name, value in used._asdict().items()}
         entry = self._entry("gaudi", rank, multiplications, blocks, list(granularity))
-        return entry, values | {"sigma": np.float32(math.inf)}
+        values["sigma"] = np.array(math.inf, np.float32)
+        return entry, values, _product(values["v"], values["u"])
 
-    def _low_rank(self, kernel, moment, cost) -> Solution:
+    def _low_rank(self, kernel, moment, cost) -> Candidate:
         n, m = self.shape
         rank = min(n, m) if cost >= n * m else min(n, m, cost // (n + m))
         v, u = jax.device_get(svd_factors(kernel, rank, second_moment=moment))
         entry = self._entry("low_rank", rank, min(rank * (n + m), n * m), None, None)
-        return entry, {"v": self._rounded("v", v), "u": self._rounded("u", u)}
+        values = {"v": self._rounded("v", v), "u": self._rounded("u", u)}
+        return entry, values, _product(values["v"], values["u"])
+
+    def _on_grid(self, kernel, moment, cost) -> Candidate:
+        method, grid = self.choice.method, cast(int, self.choice.grid)
+        options = GRID_LAYERS[method].affordable(*self.shape, grid, cost)
+        entry = self._entry(method, options["rank"], 0, grid, None)
+        if "diagonals" in options:
+            entry["diagonals"] = options["diagonals"]
+        layer = structure(self.module, entry)
+        entry["multiplications"] = int(layer.multiplications())
+        layer.set_kernel(kernel, moment)  # rounds to the dtype that the parameters have
+        parts = {
+            name: variable
+            for name, variable in vars(layer).items()
+            if isinstance(variable, nnx.Param) and name != "bias"
+        }
+        values = {name: jax.device_get(part.get_value()) for name, part in parts.items()}
+        for part in parts.values():
+            part.set_value(part.get_value().astype(jnp.float32))
+        return entry, values, layer.kernel()
 
     def _rounded(self, name: str, value: np.ndarray) -> np.ndarray:
         """Factors in the dtype that they will have: their rounding is part of the error."""
@@ -143,7 +169,7 @@ class Layer:
         }
 
 
-def _product(v: np.ndarray, u: np.ndarray) -> np.ndarray:
+def _product(v: np.ndarray, u: np.ndarray) -> Array:
     """The kernel of factors (..., in) and (..., out) in float32."""
     v, u = (x.astype(np.float32).reshape(-1, x.shape[-1]) for x in (v, u))
-    return v.T @ u
+    return jnp.asarray(v.T @ u)

@@ -21,6 +21,7 @@ from gaudi_jax.compression.surgery import (
 )
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import PackedLinear, Sigma
+from gaudi_jax.layers.factory import GRID_LAYERS
 from gaudi_jax.layers.packed import Layout
 from gaudi_jax.layers.tiles import Tiles
 
@@ -30,7 +31,7 @@ FORMAT = 1
 Plan = dict[str, Any]
 
 PLAN_KEYS = ("layers", "left", "multiplications", "dense_multiplications")
-METHODS = ("gaudi", "low_rank", "packed")
+METHODS = ("gaudi", "low_rank", *GRID_LAYERS, "packed")
 ENTRY_KEYS = (
     *("method", "in_features", "out_features", "rank", "num_blocks", "granularity", "use_bias"),
     *("error", "activation_error", "multiplications", "dense_multiplications"),
@@ -41,11 +42,13 @@ def make_plan(layers: Mapping[str, Mapping[str, Any]], left: Mapping[str, str]) 
     """A plan of its layers' entries, with totals.
 
     Args:
-        layers: by path: method ("gaudi", "low_rank" or "packed"), in_features and out_features (a
+        layers: by path: method (one of `METHODS`), in_features and out_features (a
             number, or the sizes of several axes), rank, num_blocks, granularity (a pair),
             use_bias, error and activation_error (relative; the latter None without calibration),
             multiplications and dense_multiplications of one input vector. num_blocks and
-            granularity are None for "low_rank". A "packed" layer has no rank either, but a layout.
+            granularity are None for "low_rank". For "monarch", "blast" and "block_sparse",
+            num_blocks is the parts of each axis, and granularity None; the last has diagonals too.
+            A "packed" layer has none of them, nor a rank, but a layout.
         left: reasons by path.
     """
     return {

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gaudi_jax.errors import UserError
-from gaudi_jax.layers.factory import largest_divisor
+from gaudi_jax.layers.factory import GRID_LAYERS, largest_divisor
 
-Method = Literal["gaudi", "low_rank", "best", "skip"]
+Method = Literal["gaudi", "low_rank", "monarch", "blast", "block_sparse", "best", "skip"]
 #: (in, out) of a kernel as a matrix.
 Shape = tuple[int, int]
 
@@ -27,11 +27,14 @@ class Rule:
         pattern: regular expression for the whole path of a module, such as
             ``"blocks/0/attention/(query|key)"``. Of several rules the first that matches holds.
         method: "gaudi" for blocks found by search, "low_rank" for the truncated SVD, "best" for
-            the one of both with the smaller error, "skip" to leave the layer as it is.
+            the one of both with the smaller error, "monarch", "blast" or "block_sparse" for these
+            layers, "skip" to leave the layer as it is.
         budget: multiplications as a fraction of in·out, > 0.
         rank: columns of each block, at least 1.
         granularity: grid cell of the blocks' intervals in features: a number, or a pair (input
             axis, output axis). Each axis takes its largest divisor not above it.
+        grid: parts of each axis for "monarch", "blast" and "block_sparse": the largest number not
+            above it that divides both is taken.
 
     Raises:
         UserError: a field is out of range, or the pattern is no regular expression.
@@ -47,6 +50,7 @@ class Rule:
     budget: float | None = None
     rank: int | None = None
     granularity: int | tuple[int, int] | None = None
+    grid: int | None = None
 
     def __post_init__(self):
         """Checks the fields."""
@@ -56,7 +60,7 @@ class Rule:
             raise UserError(
                 f"rule pattern {self.pattern!r} is no regular expression ({error}); mend it"
             ) from None
-        for name in ("budget", "rank", "granularity"):
+        for name in ("budget", "rank", "granularity", "grid"):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple | list) else [value]
             if any(isinstance(n, bool) or not isinstance(n, Real | None) for n in numbers):
@@ -69,8 +73,10 @@ class Rule:
             raise UserError(
                 f"budget={self.budget} must be a positive fraction of in·out, such as 0.3"
             )
-        if self.rank is not None and (self.rank < 1 or self.rank % 1):
-            raise UserError(f"rank={self.rank} must be a whole number, at least 1")
+        for name in ("rank", "grid"):
+            number = getattr(self, name)
+            if number is not None and (number < 1 or number % 1):
+                raise UserError(f"{name}={number} must be a whole number, at least 1")
         if self.granularity is not None:
             cells = np.asarray(self.granularity)
             if cells.shape not in ((), (2,)) or np.any(cells % 1) or np.any(cells < 1):
@@ -85,22 +91,26 @@ class Choice:
     """What becomes of one layer: a rule with nothing left open.
 
     Attributes:
-        method: "gaudi", "low_rank" or "best".
+        method: any but "skip".
         budget: the layer's own fraction, or None where the network's number holds.
         rank: columns of each block.
         granularity: pair (input axis, output axis), each a divisor of its axis.
+        grid: parts of both axes for the layers on a grid, None for the others.
     """
 
     method: Method
     budget: float | None
     rank: int
     granularity: tuple[int, int]
+    grid: int | None = None
 
     def least(self, shape: Shape) -> int:
         """The fewest multiplications with which the layer can be made."""
         n, m = shape
         if self.method == "low_rank":
             return min(n + m, n * m)
+        if self.grid is not None:
+            return GRID_LAYERS[self.method].least(n, m, self.grid)
         cell_in, cell_out = self.granularity
         return min(self.rank * (cell_in + cell_out), cell_in * cell_out)
 
@@ -185,10 +195,13 @@ def _as_rule(mapping: Any) -> Rule:
 
 
 def _choice(path: str, shape: Shape, rule: Rule, default: Rule) -> Choice:
-    method, rank, granularity = (
+    method, rank, granularity, grid = (
         getattr(default, name) if getattr(rule, name) is None else getattr(rule, name)
-        for name in ("method", "rank", "granularity")
+        for name in ("method", "rank", "granularity", "grid")
     )
+    if method in GRID_LAYERS:
+        grid = GRID_LAYERS[method].fitting_blocks(*shape, None if grid is None else int(grid))
+        return Choice(method, rule.budget, 1, (1, 1), grid)
     if method != "low_rank" and rank > min(shape):
         raise UserError(
             f"rank={rank} is too large for layer {path!r} of {shape[0]}x{shape[1]}; give it a rule "

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from gaudi_jax.layers import GaudiLinear, GeneralLinear, LowRankLinear, StructuredLinear
+from gaudi_jax.layers.factory import GRID_LAYERS
 
 #: Only these very classes: a subclass may do anything with its kernel.
 DENSE = (nnx.Linear, nnx.LinearGeneral)
@@ -125,9 +126,14 @@ def structure(module: Any, entry: Mapping[str, Any]) -> StructuredLinear:
             "num_blocks": entry["num_blocks"],
             "granularity": tuple(entry["granularity"]),
         }
+    elif entry["method"] in GRID_LAYERS:
+        cls = GRID_LAYERS[entry["method"]]
+        options["blocks"] = entry["num_blocks"]
+        if "diagonals" in entry:
+            options["diagonals"] = entry["diagonals"]
     shape = matrix_shape(module)
     layer = nnx.eval_shape(lambda: cls(*shape, rngs=nnx.Rngs(0), **options))
-    for name, source in _sources(module).items():
+    for name, source in _sources(module, layer).items():
         variable = getattr(layer, name)
         metadata = {k: v for k, v in source.get_metadata().items() if k not in _OWN_METADATA}
         if metadata.get("out_sharding"):
@@ -150,7 +156,7 @@ def fill(layer: StructuredLinear, values: Mapping[str, Array], module: Any) -> N
         sharding = getattr(kernel, "sharding", None)
         if isinstance(sharding, NamedSharding):
             spec: tuple[Any, ...] = ()
-            if (source := _sources(module).get(name)) is not None:
+            if (source := _sources(module, layer).get(name)) is not None:
                 there = getattr(source.get_value().sharding, "spec", ())
                 spec = _spec(name, variable, module, there)
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
@@ -230,9 +236,17 @@ def _reason_to_leave(module: Any, shared: set[int]) -> str | None:
     return None
 
 
-def _sources(module: Any) -> dict[str, nnx.Variable]:
-    """The dense layer's Variable that each parameter of the structured one stands for."""
-    sources = {"v": module.kernel, "u": module.kernel}
+def _sources(module: Any, layer: StructuredLinear) -> dict[str, nnx.Variable]:
+    """The dense layer's Variable that each parameter of the structured one stands for.
+
+    Factors of parts of an axis stand for none of them.
+    """
+    whole = {"v": layer.in_features, "u": layer.out_features}
+    sources = {
+        name: module.kernel
+        for name, features in whole.items()
+        if getattr(layer, name).shape[-1] == features
+    }
     return sources if module.bias is None else sources | {"bias": module.bias}
 
 

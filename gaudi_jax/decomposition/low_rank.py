@@ -1,11 +1,14 @@
 """Low-rank factors of a kernel: the rival of every block structure."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 #: Share of the mean second moment that is added to the diagonal, so that it has an inverse.
 RIDGE = 1e-3
+#: Share of a Gram matrix's mean diagonal below which rounding may leave it without an inverse.
+LEAST_RIDGE = 1e-5
 
 
 def svd_factors(
@@ -58,3 +61,32 @@ def regularise(second_moment: Float[Array, "n n"]) -> Float[Array, "n n"]:
     # A layer whose inputs are all 0 has no second moment at all; any positive number serves.
     size = jnp.maximum(jnp.trace(symmetric) / n, 1e-30)
     return symmetric + RIDGE * size * jnp.eye(n)
+
+
+def preconditioned(
+    gram: Float[Array, "*b rank rank"],
+    gradient: Float[Array, "*b rank n"],
+    ridge: float | Array = 0.0,
+) -> Float[Array, "*b rank n"]:
+    """A gradient by some factor times the inverse of the others' regularised Gram matrix.
+
+    It is the step to the least error, but for the ridge, and a step that lowers the error with any.
+
+    Args:
+        gram: inner products of the other factors, shape (..., rank, rank).
+        gradient: negative gradient, shape (..., rank, n).
+        ridge: share of the mean diagonal that is added to it, at least `LEAST_RIDGE`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.decomposition.low_rank import preconditioned
+        >>> preconditioned(4 * jnp.eye(2), jnp.ones((2, 1)), 1.0).round(3)
+        Array([[0.125],
+               [0.125]], dtype=float32)
+    """
+    rank = gram.shape[-1]
+    size = jnp.trace(gram, axis1=-2, axis2=-1) / rank
+    added = jnp.maximum(ridge, LEAST_RIDGE) * size + 1e-30
+    eye = jnp.eye(rank).reshape((1,) * (gram.ndim - 2) + (rank, rank))
+    root = jnp.linalg.cholesky(gram + added[..., None, None] * eye)
+    return jax.scipy.linalg.cho_solve((root, True), gradient)

@@ -61,8 +61,18 @@ class StructuredLinear(nnx.Module):
         """The product ``x @ kernel()`` in the cheaper order, in the dtype of x."""
 
     @abstractmethod
-    def set_kernel(self, kernel: Float[Array, "in out"]) -> None:
-        """Makes the factors those of the dense kernel's truncated SVD; widths and such stay."""
+    def set_kernel(
+        self,
+        kernel: Float[Array, "in out"],
+        second_moment: Float[Array, "in in"] | None = None,
+    ) -> None:
+        """Approximates a dense kernel by the layer's own way; widths, ranks and such stay.
+
+        Args:
+            kernel: dense kernel W, shape (in, out).
+            second_moment: E[x xᵀ] of the inputs, shape (in, in): the error that is made small is
+                then that of the outputs, ``E|x (W - kernel())|²``. None for that of the kernel.
+        """
 
     @classmethod
     def from_kernel(
@@ -145,15 +155,39 @@ def factored_product(
     """
     k, n_in = left.shape
     n_out = right.shape[1]
-    tokens = x.size // n_in
     left, right = left.astype(x.dtype), right.astype(x.dtype)
-    saved = k * (n_in + n_out) - n_in * n_out  # by a composed kernel, of each input vector
-    if saved > 0 and k * n_in * n_out < tokens * saved:
-        return _dot(x, left.T @ right, 0, out_sharding)
-    return _dot(_dot(x, left, 1, None), right, 0, out_sharding)
+    if composing_pays(x.size // n_in, k * (n_in + n_out), k * n_in * n_out, n_in * n_out):
+        return dot(x, left.T @ right, 0, out_sharding)
+    return dot(dot(x, left, 1, None), right, 0, out_sharding)
 
 
-def _dot(x: Array, matrix: Array, contract: int, out_sharding: Any) -> Array:
+def composing_pays(tokens: int, factored: int, composing: int, dense: int) -> bool:
+    """Whether it costs less to compose the kernel and to multiply by that.
+
+    Args:
+        tokens: input vectors.
+        factored: multiplications of one of them through the factors.
+        composing: multiplications that compose the kernel.
+        dense: multiplications of one input vector with the composed kernel.
+
+    Example:
+        >>> from gaudi_jax.layers.base import composing_pays
+        >>> composing_pays(10, 30, 100, 16), composing_pays(5, 30, 100, 16)
+        (True, False)
+    """
+    return composing < tokens * (factored - dense)
+
+
+def placed(y: Array, out_sharding: Any) -> Array:
+    """An output laid out as `out_sharding` says, in either way in which JAX shards; None: as is."""
+    if out_sharding is None:
+        return y
+    if jax.typeof(y).sharding.mesh.explicit_axes:
+        return jax.sharding.reshard(y, out_sharding)
+    return jax.lax.with_sharding_constraint(y, out_sharding)
+
+
+def dot(x: Array, matrix: Array, contract: int, out_sharding: Any) -> Array:
     """Contracts the last axis of x with axis `contract` of a matrix."""
     return jax.lax.dot_general(
         x, matrix, (((x.ndim - 1,), (contract,)), ((), ())), out_sharding=out_sharding

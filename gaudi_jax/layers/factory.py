@@ -3,14 +3,25 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import initializers
+from gaudi_jax.layers.blast import BlastLinear
+from gaudi_jax.layers.block_sparse import LOW_RANK_SHARE, BlockSparseLinear
 from gaudi_jax.layers.gaudi import GaudiLinear
+from gaudi_jax.layers.grid import GridLinear
 from gaudi_jax.layers.low_rank import LowRankLinear
+from gaudi_jax.layers.monarch import MonarchLinear
+
+#: Layers on a grid of equal blocks, by name.
+GRID_LAYERS: dict[str, type[GridLinear]] = {
+    "monarch": MonarchLinear,
+    "blast": BlastLinear,
+    "block_sparse": BlockSparseLinear,
+}
 
 #: Called as ``factory(in_features, out_features, dtype=, param_dtype=, rngs=)``, by models
 #: that choose their initialisation with ``kernel_init=`` too.
@@ -24,8 +35,8 @@ def linear_factory(options: Mapping[str, Any]) -> LinearFactory:
     graph and share their compiled functions.
 
     Args:
-        options: ``name`` ("dense", "gaudi" or "low_rank") and the options of that layer: the fields
-            of `GaudiFactory` or `LowRankFactory`.
+        options: ``name`` ("dense", "gaudi", "low_rank", "monarch", "blast" or "block_sparse") and
+            the options of that layer: the fields of its factory in this module.
 
     Returns:
         A function ``(in_features, out_features, *, dtype, param_dtype, rngs) -> layer``.
@@ -93,13 +104,7 @@ class LowRankFactory:
 
     def __post_init__(self):
         """Checks the fields."""
-        if (self.rank is None) == (self.budget is None):
-            raise UserError(
-                "layer 'low_rank' needs rank or budget, not both: "
-                f"rank={self.rank}, budget={self.budget}"
-            )
-        if self.budget is not None and not self.budget > 0:
-            raise UserError(f"budget={self.budget} must be positive; give a fraction of in·out")
+        _check_size("low_rank", self.rank, self.budget)
 
     def __call__(self, in_features: int, out_features: int, **kwargs: Any) -> LowRankLinear:
         """A low-rank layer."""
@@ -132,6 +137,111 @@ def affordable_rank(in_features: int, out_features: int, budget: float) -> int:
             f"give at least {(in_features + out_features) / (in_features * out_features):.4f}"
         )
     return min(affordable, in_features, out_features)
+
+
+def _check_size(name: str, rank: int | None, budget: float | None) -> None:
+    if (rank is None) == (budget is None):
+        raise UserError(
+            f"layer {name!r} needs rank or budget, not both: rank={rank}, budget={budget}"
+        )
+    if budget is not None and not budget > 0:
+        raise UserError(f"budget={budget} must be positive; give a fraction of in·out")
+
+
+@dataclasses.dataclass(frozen=True)
+class GridFactory:
+    """Makes layers on a grid of equal blocks.
+
+    Attributes:
+        blocks: parts of each axis: a layer takes the largest number not above it that divides both
+            of its axes (for "block_sparse", a power of two); None for the layer's usual one.
+        rank: of every layer; or
+        budget: multiplications of every layer as a fraction of in·out.
+
+    Raises:
+        UserError: not exactly one of rank and budget is given, or a number is out of range.
+    """
+
+    name: ClassVar[str]
+
+    blocks: int | None = None
+    rank: int | None = None
+    budget: float | None = None
+
+    def __post_init__(self):
+        """Checks the fields."""
+        _check_size(self.name, self.rank, self.budget)
+
+    def __call__(self, in_features: int, out_features: int, **kwargs: Any) -> GridLinear:
+        """A layer of this kind."""
+        cls: Any = GRID_LAYERS[self.name]
+        blocks = cls.fitting_blocks(in_features, out_features, self.blocks)
+        options = self._given(blocks)
+        if self.budget is not None:
+            # Half a multiplication more, lest rounding loses a whole one.
+            cost = int(self.budget * in_features * out_features + 0.5)
+            options = cls.affordable(in_features, out_features, blocks, cost, **self._sharing())
+        return cls(in_features, out_features, **options, **kwargs)
+
+    def _given(self, blocks: int) -> dict[str, Any]:
+        """Options of the layer where its rank is given."""
+        return {"blocks": blocks, "rank": self.rank}
+
+    def _sharing(self) -> dict[str, Any]:
+        """How a budget is shared."""
+        return {}
+
+
+class MonarchFactory(GridFactory):
+    """Makes Monarch layers; see `GridFactory`."""
+
+    name = "monarch"
+
+
+class BlastFactory(GridFactory):
+    """Makes BLAST layers; see `GridFactory`."""
+
+    name = "blast"
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSparseFactory(GridFactory):
+    """Makes block-sparse plus low-rank layers; see `GridFactory`.
+
+    Attributes:
+        diagonals: of the blocks, beside a rank; at most as many as the blocks allow.
+        low_rank_share: least share of a budget for the low-rank part.
+
+    Raises:
+        UserError: diagonals are given without a rank, or a share is out of range.
+    """
+
+    name = "block_sparse"
+
+    diagonals: int | None = None
+    low_rank_share: float = LOW_RANK_SHARE
+
+    def __post_init__(self):
+        """Checks the fields."""
+        super().__post_init__()
+        if (self.diagonals is None) != (self.rank is None):
+            raise UserError(
+                "layer 'block_sparse' needs rank and diagonals, or a budget: "
+                f"rank={self.rank}, diagonals={self.diagonals}"
+            )
+        if not 0 <= self.low_rank_share < 1:
+            raise UserError(
+                f"low_rank_share={self.low_rank_share} is outside [0, 1); give one such as 0.25"
+            )
+
+    def _given(self, blocks: int) -> dict[str, Any]:
+        """Options of the layer where its rank is given."""
+        most = blocks.bit_length()
+        return super()._given(blocks) | {"diagonals": min(self.diagonals or 1, most)}
+
+    def _sharing(self) -> dict[str, Any]:
+        """How a budget is shared."""
+        return {"low_rank_share": self.low_rank_share}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,5 +322,8 @@ _LOCATIONS = {
 _FACTORIES: dict[str, Any] = {
     "dense": DenseFactory,
     "low_rank": LowRankFactory,
+    "monarch": MonarchFactory,
+    "blast": BlastFactory,
+    "block_sparse": BlockSparseFactory,
     "gaudi": GaudiFactory,
 }

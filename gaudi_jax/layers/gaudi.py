@@ -301,9 +301,13 @@ class GaudiLinear(StructuredLinear):
         left, right = self.factors()
         return left.T @ right
 
-    def set_kernel(self, kernel: Float[Array, "in out"]) -> None:
-        """Makes the factors those of the dense kernel's truncated SVD; the blocks stay in place."""
-        v, u = _block_factors(kernel, self.num_blocks, self.rank)
+    def set_kernel(
+        self,
+        kernel: Float[Array, "in out"],
+        second_moment: Float[Array, "in in"] | None = None,
+    ) -> None:
+        """Makes the factors those of the truncated (or whitened) SVD; the blocks stay in place."""
+        v, u = _block_factors(kernel, self.num_blocks, self.rank, second_moment)
         self.v[...], self.u[...] = v.astype(self.v.dtype), u.astype(self.u.dtype)
 
     def multiplications(self) -> Int[Array, ""]:
@@ -323,11 +327,14 @@ class GaudiLinear(StructuredLinear):
 
 
 def _block_factors(
-    kernel: Float[Array, "in out"], blocks: int, rank: int
+    kernel: Float[Array, "in out"],
+    blocks: int,
+    rank: int,
+    second_moment: Float[Array, "in in"] | None = None,
 ) -> tuple[Float[Array, "B rank in"], Float[Array, "B rank out"]]:
     """Spreads the singular components over the blocks, largest first; blocks beyond them are 0."""
     k = blocks * rank
-    left, right = svd_factors(kernel, k)
+    left, right = svd_factors(kernel, k, second_moment=second_moment)
     missing = k - left.shape[0]
     left, right = (jnp.pad(factor, ((0, missing), (0, 0))) for factor in (left, right))
     return left.reshape(blocks, rank, -1), right.reshape(blocks, rank, -1)

@@ -89,9 +89,13 @@ class LowRankLinear(StructuredLinear):
         """The dense kernel, shape (in_features, out_features)."""
         return self.v[...].T @ self.u[...]
 
-    def set_kernel(self, kernel: Float[Array, "in out"]) -> None:
-        """Makes the factors those of the dense kernel's truncated SVD."""
-        v, u = svd_factors(kernel, self.rank)
+    def set_kernel(
+        self,
+        kernel: Float[Array, "in out"],
+        second_moment: Float[Array, "in in"] | None = None,
+    ) -> None:
+        """Makes the factors those of the dense kernel's truncated (or whitened) SVD."""
+        v, u = svd_factors(kernel, self.rank, second_moment=second_moment)
         self.v[...], self.u[...] = v.astype(self.v.dtype), u.astype(self.u.dtype)
 
     def multiplications(self) -> Int[Array, ""]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from gaudi_jax.errors import UserError
 from gaudi_jax.kernels.table import CELL
-from gaudi_jax.layers.base import StructuredLinear
+from gaudi_jax.layers.base import StructuredLinear, placed
 from gaudi_jax.layers.tiles import Tiles
 
 #: More ranges than these are gathered feature by feature: joining many slices is slower.
@@ -195,7 +194,11 @@ class PackedLinear(StructuredLinear):
         """The dense kernel, shape (in_features, out_features)."""
         return self.product(jnp.eye(self.in_features, dtype=self.param_dtype))
 
-    def set_kernel(self, kernel: Float[Array, "in out"]) -> None:
+    def set_kernel(
+        self,
+        kernel: Float[Array, "in out"],
+        second_moment: Float[Array, "in in"] | None = None,
+    ) -> None:
         """A packed layer is not trained anew."""
         raise UserError("a packed layer keeps its kernel; make another one with gaudi_jax.harden")
 
@@ -235,12 +238,7 @@ class PackedLinear(StructuredLinear):
             jnp.matmul(_parts(z, write.columns), u[...].astype(x.dtype))
             for write, u in zip(writes, self.u, strict=True)
         ]
-        y = jnp.concatenate(outputs, axis=-1)
-        if out_sharding is None:
-            return y
-        if jax.typeof(y).sharding.mesh.explicit_axes:
-            return jax.sharding.reshard(y, out_sharding)
-        return jax.lax.with_sharding_constraint(y, out_sharding)
+        return placed(jnp.concatenate(outputs, axis=-1), out_sharding)
 
 
 def _window(read: Read, size: int) -> Ranges:

@@ -31,6 +31,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 RULES: Mapping[tuple[str, ...], tuple[str, str]] = {
     ("v",): ("tensor", "fsdp"),
     ("u",): ("tensor", "fsdp"),
+    ("sparse",): ("tensor", "fsdp"),
     ("out", "kernel"): ("tensor", "fsdp"),
     ("fc2", "kernel"): ("tensor", "fsdp"),
     ("kernel",): ("fsdp", "tensor"),

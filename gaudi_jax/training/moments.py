@@ -2,8 +2,8 @@
 
 Where a kernel W becomes blocks ``sum_b v_bᵀ u_b``, the gradient of v_b is ``G u_bᵀ`` on its
 interval, with G the gradient of W; so the moments of G give those of the factors: the first moment
-exactly, the second as if the entries of G were independent. Training then goes on without a new
-warm-up.
+exactly, the second as if the entries of G were independent. So it is for every kernel that is a sum
+of products of factors. Training then goes on without a new warm-up.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gaudi_jax.layers import GaudiLinear, GeneralLinear, LowRankLinear
+from gaudi_jax.layers import GeneralLinear, Structural, StructuredLinear
 from gaudi_jax.training.controllers import names
 from gaudi_jax.training.step import split_model
 from gaudi_jax.training.tasks import Task
@@ -73,12 +73,11 @@ def carry_moments(moments: Moments, model: nnx.Module) -> Moments:
         # In a layer over several axes the structured one is a part.
         whole = path[:-1] if isinstance(_parent(model, path), GeneralLinear) else path
         kernel = (*whole, "kernel")
-        if isinstance(layer, GaudiLinear | LowRankLinear) and kernel in first:
-            v, u = layer.v[...].astype(jnp.float32), layer.u[...].astype(jnp.float32)
+        if isinstance(layer, StructuredLinear) and kernel in first:
             shape = layer.in_features, layer.out_features
-            for known, factors in ((first, (v, u)), (second, (v**2, u**2))):
-                moment = known.pop(kernel).reshape(shape)
-                known[*path, "v"], known[*path, "u"] = _factor_moments(moment, *factors)
+            for known, power in ((first, 1), (second, 2)):
+                found = _factor_moments(layer, known.pop(kernel).reshape(shape), power)
+                known.update({(*path, name): moment for name, moment in found.items()})
                 if whole != path and (*whole, "bias") in known:
                     known[*path, "bias"] = known.pop((*whole, "bias")).reshape(-1)
     return Moments(moments.updates, first, second)
@@ -144,12 +143,27 @@ def _parent(model: nnx.Module, path: Path) -> Any:
 
 
 def _factor_moments(
-    kernel: Float[Array, "in out"], v: Float[Array, "*B k in"], u: Float[Array, "*B k out"]
-) -> tuple[Array, Array]:
-    """Moments of the factors, from those of the kernel; zero where the factors are."""
-    to_v = jnp.einsum("...ko,io->...ki", u, kernel)
-    to_u = jnp.einsum("...ki,io->...ko", v, kernel)
-    return jnp.where(v != 0, to_v, 0), jnp.where(u != 0, to_u, 0)
+    layer: StructuredLinear, moment: Float[Array, "in out"], power: int
+) -> dict[str, Array]:
+    """Moments of a layer's factors by name, from that of the gradient's power of its kernel.
+
+    Each entry of the kernel is a sum of products of factors, so that its derivative by one of them
+    is a product of the others, whose power is that product of the others' powers.
+    """
+    graphdef, params, other = split_model(layer)
+    factors = {
+        name: params[name].astype(jnp.float32) ** power
+        for name, variable in vars(layer).items()
+        if isinstance(variable, nnx.Param)
+        and not isinstance(variable, Structural)
+        and name != "bias"
+    }
+
+    def kernel(factors: dict[str, Array]) -> Array:
+        return nnx.merge(graphdef, params | factors, other).kernel()
+
+    (found,) = jax.vjp(kernel, factors)[1](moment.astype(jnp.float32))
+    return found
 
 
 def _is_adam(state: Any) -> bool:

@@ -49,8 +49,8 @@ def gaudi_adamw(
         learning_rate: of the content, a number or a schedule.
         structural_learning_rate: of the widths, a number or a schedule.
         location_learning_rate: of the locations; None takes that of the widths.
-        factor_scale: learning rate of the factors v and u of structured layers, over that of other
-            content. About 4 is best for factors that come from a dense kernel.
+        factor_scale: learning rate of the factors of structured layers, over that of other content.
+            About 4 is best for factors that come from a dense kernel.
         weight_decay: decoupled decay of kernels and factors.
         b1: decay of the content's first moment.
         b2: decay of the content's second moment. The structure's are 0 and 0.999.
@@ -237,4 +237,5 @@ def _label(module: Any, name: Any, variable: nnx.Param) -> str:
         raise UserError(f"no rule optimizes structural parameters of {type(variable).__name__}")
     if not isinstance(module, DECAYED_MODULES) or name == "bias":
         return "content"
-    return "factor" if isinstance(module, StructuredLinear) else "decayed"
+    # Blocks that are no product of factors are kernels.
+    return "factor" if isinstance(module, StructuredLinear) and name != "sparse" else "decayed"

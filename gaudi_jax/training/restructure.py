@@ -144,6 +144,7 @@ def _compress_options(config: ConfigDict) -> dict[str, Any]:
         "method": options.method,
         "rank": options.rank,
         "granularity": options.granularity,
+        "grid": options.grid,
         "allocation": options.allocation,
     }
 
