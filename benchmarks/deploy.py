@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--gpt2-budget", type=float, default=0.44)
     parser.add_argument("--granularity", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=16, help="columns of a block")
+    parser.add_argument("--rank", type=int, default=4, help="columns of a block")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.45])
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1, help="that GPT-2 decodes at once")

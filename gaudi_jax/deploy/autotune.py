@@ -22,7 +22,7 @@ from gaudi_jax.training.workdir import write_atomically
 CACHE_DIR = "~/.cache/gaudi_jax/layouts"
 #: The layouts that are measured: those of machines whose operations begin more, or less, slowly,
 #: and so from many small products to few large ones.
-OVERHEADS = (0.25, 1.0, 4.0, 16.0, 64.0)
+OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
 #: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.
 TILES = (

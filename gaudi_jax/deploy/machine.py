@@ -36,10 +36,10 @@ class Machine(NamedTuple):
         return self.overhead + 2 * elements * itemsize / self.gathering
 
 
-#: By JAX backend. The first fits two cores of an Intel Xeon (benchmarks/deploy.py); the others are
-#: guesses from data sheets, not measured.
+#: By JAX backend. The first fits two cores of an AMD EPYC of 2026 and the second an H200 in bfloat16
+#: (docs/results.md); the third is a guess from data sheets, not measured.
 MACHINES = {
-    "cpu": Machine(5e-6, 1e11, 2e10, 5e9, 8),
+    "cpu": Machine(2e-5, 2e11, 4e10, 2e10, 8),
     "gpu": Machine(3e-6, 3.3e14, 3.5e12, 3e12, 64, 8),
     "tpu": Machine(4e-6, 5e13, 8e11, 4e11, 128, 8),
 }

@@ -14,7 +14,7 @@ from gaudi_jax.layers.base import StructuredLinear, placed
 from gaudi_jax.layers.tiles import Tiles
 
 #: More ranges than these are gathered feature by feature: joining many slices is slower.
-FEW = 2
+FEW = 16
 
 #: Ranges (first, last + 1) of an axis.
 Ranges = tuple[tuple[int, int], ...]
