@@ -1,0 +1,119 @@
+"""Packed layers as two block-sparse products."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import gaudi_jax
+from gaudi_jax import GaudiLinear
+from gaudi_jax.deploy import autotune
+from gaudi_jax.deploy.machine import MACHINES, Machine
+from gaudi_jax.deploy.pack import Packer
+from gaudi_jax.deploy.timing import Running
+from gaudi_jax.errors import UserError
+from gaudi_jax.layers.tiles import Tiles
+
+TILINGS = ((128, 4, 1), (128, 4, 1))
+
+
+def layer_of(seed: int, n: int = 128, m: int = 192, rank: int = 1, granularity: int = 1):
+    """A layer on random intervals of all lengths; some wrap, some are dead."""
+    layer = GaudiLinear(n, m, rank=rank, granularity=granularity, rngs=nnx.Rngs(seed))
+    keys = jax.random.split(jax.random.key(seed), 3)
+    layer.widths[...] = jax.random.uniform(keys[0], layer.widths.shape)
+    layer.locations[...] = jax.random.uniform(keys[1], layer.locations.shape)
+    assert layer.bias is not None
+    layer.bias[...] = jax.random.normal(keys[2], (m,))
+    layer.eval()
+    return layer
+
+
+def difference(a, b) -> float:
+    return float(jnp.abs(a - b).max() / jnp.abs(b).max())
+
+
+@pytest.mark.parametrize(("rank", "granularity", "width"), [(1, 1, 64), (1, 64, 64), (3, 8, 192)])
+def test_tiles_compute_what_the_masks_do(rank, granularity, width):
+    layer = layer_of(rank, rank=rank, granularity=granularity)
+    packed = Packer(layer).tile(width, TILINGS)
+    x = jax.random.normal(jax.random.key(9), (2, 5, 128))
+    assert difference(packed(x), layer(x)) < 1e-5
+    assert difference(packed.kernel(), layer.kernel()) < 1e-5
+    assert int(packed.multiplications()) == sum(p.size for p in (packed.v[0], packed.u[0]))
+
+
+def test_no_more_cells_are_multiplied_than_the_windows_touch():
+    layer = layer_of(0, 256, 256, granularity=64)
+    layer.widths[...] = jnp.full_like(layer.widths, 0.25)
+    layer.locations[...] = jnp.zeros_like(layer.locations)
+    layout = Packer(layer).tile(64, TILINGS).layout
+    assert isinstance(layout, Tiles)
+    first, second = layout.tables
+    assert first.counts == (1,) * 4  # 256 columns on one cell
+    assert set(first.cells) == {0}
+    assert second.counts == (4, 0, 0, 0)
+
+
+def test_only_layers_that_tiles_cut_are_tiled():
+    assert Packer(layer_of(0)).tileable(64)
+    assert not Packer(layer_of(0)).tileable(128)
+    assert not Packer(layer_of(0, 96, 128)).tileable(64)
+    dead = layer_of(0)
+    dead.widths[...] = jnp.zeros_like(dead.widths)
+    assert not Packer(dead).tileable(64)
+
+
+def test_a_plan_with_tiles_is_rebuilt(monkeypatch):
+    model = nnx.Sequential(layer_of(1), nnx.relu)
+    hardening = sys.modules["gaudi_jax.deploy.harden"]  # the function has the same name
+    monkeypatch.setattr(hardening, "pack", lambda layer, *_: Packer(layer).tile(64, TILINGS))
+    packed, plan = gaudi_jax.harden(model)
+    again = gaudi_jax.rebuild(model, json.loads(json.dumps(plan)))
+    nnx.update(again, nnx.state(packed))
+    x = jax.random.normal(jax.random.key(0), (3, 128))
+    np.testing.assert_array_equal(again(x), packed(x))
+    assert difference(packed(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [{}, {"width": 64, "tables": [[[0], [2]]] * 2, "tilings": [[1, 1, 1]] * 2}, {"width": 1}],
+)
+def test_damaged_tiles_are_named(lists):
+    with pytest.raises(UserError, match="tiles of a packed layer are damaged"):
+        Tiles.from_lists(lists)
+
+
+def test_tiles_are_measured_where_a_kernel_runs(monkeypatch, tmp_path):
+    layer = layer_of(2, 128, 256)
+    layer.dtype = jnp.bfloat16
+    choices = autotune._choices(Packer(layer), MACHINES["gpu"], 64)
+    assert all(hasattr(choice, "layout") for choice in choices)
+    # The kernel itself needs the GPU: what is chosen then computes the plain products here.
+    monkeypatch.setattr(autotune, "on_hopper", lambda: True)
+    choices = autotune._choices(Packer(layer), MACHINES["gpu"], 64)
+    assert sum(isinstance(choice, tuple) and len(choice) == 2 for choice in choices) >= 3
+    packed = autotune.fastest(layer, MACHINES["gpu"], 64, tmp_path)
+    x = jax.random.normal(jax.random.key(0), (64, 128))
+    assert difference(packed(x), layer(x)) < 2e-2
+
+
+def test_columns_are_filled_up_with_zeros():
+    layer = layer_of(3, 64, 64)
+    layer.widths[...] = 0.3 * layer.widths[...]
+    machine = Machine(0.0, 1.0, 1e9, 1e9, 1, multiple=8)
+    packed = Packer(layer).pack(Packer(layer).compile(machine, 64))
+    assert packed.layout is not None
+    assert all(read.columns % 8 == 0 for read in packed.layout.reads)
+    x = jax.random.normal(jax.random.key(0), (4, 64))
+    assert difference(packed(x), layer(x)) < 1e-5
+
+
+def test_a_model_that_is_applied_several_times_gives_the_same():
+    model, x = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), jnp.ones((2, 8))
+    np.testing.assert_allclose(Running(model, x, times=3)(), Running(model, x)(), rtol=1e-6)
