@@ -10,12 +10,15 @@ import pytest
 from flax import nnx
 
 import gaudi_jax
-from gaudi_jax import GaudiLinear
+from gaudi_jax import GaudiLinear, kernels
 from gaudi_jax.deploy import autotune
 from gaudi_jax.deploy.machine import MACHINES, Machine
 from gaudi_jax.deploy.pack import Packer
 from gaudi_jax.deploy.timing import Running
 from gaudi_jax.errors import UserError
+from gaudi_jax.export import export_model, load_exported
+from gaudi_jax.kernels.table import Table
+from gaudi_jax.layers import PackedLinear, tiles
 from gaudi_jax.layers.tiles import Tiles
 
 TILINGS = ((128, 4, 1), (128, 4, 1))
@@ -89,18 +92,88 @@ def test_damaged_tiles_are_named(lists):
         Tiles.from_lists(lists)
 
 
-def test_tiles_are_measured_where_a_kernel_runs(monkeypatch, tmp_path):
-    layer = layer_of(2, 128, 256)
-    layer.dtype = jnp.bfloat16
-    choices = autotune._choices(Packer(layer), MACHINES["gpu"], 64)
-    assert all(hasattr(choice, "layout") for choice in choices)
-    # The kernel itself needs the GPU: what is chosen then computes the plain products here.
+@pytest.fixture
+def hopper(monkeypatch):
+    """Tiles are offered; computed on a CPU, they are plain products."""
     monkeypatch.setattr(autotune, "on_hopper", lambda: True)
-    choices = autotune._choices(Packer(layer), MACHINES["gpu"], 64)
-    assert sum(isinstance(choice, tuple) and len(choice) == 2 for choice in choices) >= 3
+
+
+def half_layer(seed: int) -> GaudiLinear:
+    layer = layer_of(seed, 128, 256)
+    layer.dtype = jnp.bfloat16
+    return layer
+
+
+def test_tiles_are_chosen_where_they_are_fastest(hopper, monkeypatch, tmp_path):
+    monkeypatch.setattr(autotune, "_measure", lambda _, choices, __: [*range(len(choices), 0, -1)])
+    layer = half_layer(2)
     packed = autotune.fastest(layer, MACHINES["gpu"], 64, tmp_path)
+    assert isinstance(packed.layout, Tiles)
     x = jax.random.normal(jax.random.key(0), (64, 128))
     assert difference(packed(x), layer(x)) < 2e-2
+    # What was measured holds for these blocks, and no others of the same shape.
+    autotune.fastest(half_layer(2), MACHINES["gpu"], 64, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    autotune.fastest(half_layer(4), MACHINES["gpu"], 64, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_tiles_that_fail_are_left_out(hopper, monkeypatch, tmp_path, caplog):
+    def fail(*_):
+        raise NotImplementedError("no such instruction")
+
+    monkeypatch.setattr(Packer, "tile", fail)
+    packed = autotune.fastest(half_layer(2), MACHINES["gpu"], 64, tmp_path)
+    assert not isinstance(packed.layout, Tiles)
+    assert "no such instruction" in caplog.text
+
+
+def test_no_tiles_are_offered_elsewhere():
+    choices = autotune._choices(Packer(half_layer(2)), MACHINES["gpu"], 64)
+    assert all(hasattr(choice, "layout") for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 64, "cells": (9,)}, "lies outside 128 features"),
+        ({"width": 128}, "tiles of 128 columns"),
+        ({"tilings": ((100, 4, 1), (128, 4, 1))}, "unknown tilings"),
+    ],
+)
+def test_tiles_that_do_not_fit_are_named(change, message):
+    table = Table(change.get("cells", (0,)), (1,))
+    second = Table((0, 0, 0), (1, 1, 1))
+    layout = Tiles(change.get("width", 64), (table, second), change.get("tilings", TILINGS))
+    with pytest.raises(UserError, match=message):
+        PackedLinear(128, 192, layout)
+
+
+def test_a_tiled_model_is_exported_without_its_kernel(monkeypatch, tmp_path):
+    packed = in_bfloat16(Packer(layer_of(1)).tile(64, TILINGS))
+    # As on a GPU: a kernel takes no batch of any size, and no second platform.
+    monkeypatch.setattr(tiles, "on_hopper", lambda: not kernels._portable.get())
+    example = jax.ShapeDtypeStruct((1, 128), jnp.bfloat16)
+    file = tmp_path / "model"
+    export_model(packed, example, file, platforms=("cpu", "cuda"))
+    x = jax.random.normal(jax.random.key(0), (3, 128), jnp.bfloat16)
+    assert difference(load_exported(file)(x), layer_of(1)(x)) < 2e-2
+
+
+def in_bfloat16(packed: PackedLinear) -> PackedLinear:
+    packed.dtype = jnp.bfloat16
+    return packed
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels need JAX 0.11")
+def test_the_kernel_is_part_of_a_program_for_gpus_alone(monkeypatch):
+    monkeypatch.setattr(tiles, "on_hopper", lambda: True)
+    packed = in_bfloat16(Packer(layer_of(1)).tile(64, TILINGS))
+    graphdef, state = nnx.split(packed)
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    traced = run.trace(state, jnp.ones((128, 128), jnp.bfloat16))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_columns_are_filled_up_with_zeros():

@@ -132,7 +132,8 @@ def _layout(path: str, entry: Mapping[str, Any]) -> Layout | Tiles | None:
     lists = entry["layout"]
     if lists is None:
         return None
-    return Tiles.from_lists(lists) if "tables" in lists else Layout.from_lists(lists)
+    tiled = isinstance(lists, Mapping) and "tables" in lists
+    return Tiles.from_lists(lists) if tiled else Layout.from_lists(lists)
 
 
 def plan_table(plan: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Dense kernels as sums of blocks of low rank under a budget of multiplications."""
+"""Dense kernels as structured ones under a budget of multiplications."""
 
 from gaudi_jax.decomposition.decompose import Factors, decompose, relative_error
 from gaudi_jax.decomposition.low_rank import svd_factors

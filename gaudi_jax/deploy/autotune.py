@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -15,15 +16,22 @@ from gaudi_jax.deploy.layout import Compiled
 from gaudi_jax.deploy.machine import Machine
 from gaudi_jax.deploy.pack import Packer, Tiling
 from gaudi_jax.deploy.timing import Running, interleaved_medians
+from gaudi_jax.errors import reason
+from gaudi_jax.kernels import on_hopper
 from gaudi_jax.layers import GaudiLinear, PackedLinear
-from gaudi_jax.layers.tiles import on_hopper
 from gaudi_jax.training.workdir import write_atomically
+
+log = logging.getLogger(__name__)
 
 CACHE_DIR = "~/.cache/gaudi_jax/layouts"
 #: The layouts that are measured: those of machines whose operations begin more, or less, slowly,
 #: and so from many small products to few large ones.
 OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
+#: Of what is kept; another one where times mean something else.
+FORMAT = 2
+#: Seconds of what could not be measured.
+UNMEASURED = 1e9
 #: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.
 TILES = (
     (128, ((256, 4, 1), (256, 4, 1))),
@@ -95,6 +103,9 @@ def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
             choice.layout and choice.layout.to_lists() if isinstance(choice, Compiled) else choice
             for choice in choices
         ],
+        # Tiles follow from the blocks' places.
+        packer.places(),
+        FORMAT,
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -114,10 +125,17 @@ def _measure(packer: Packer, choices: list[Choice], tokens: int) -> list[float]:
 
     times = 1 if jax.default_backend() == "cpu" else 50
 
-    def make(choice: Choice) -> Running:
-        return Running(_packed(packer, choice), x, times=times)
+    def make(choice: Choice) -> Running | None:
+        try:
+            return Running(_packed(packer, choice), x, times=times)
+        except Exception as error:  # a kernel that this GPU or version does not take
+            if isinstance(choice, Compiled):
+                raise
+            log.warning("tiles %s cannot be measured: %s", choice, reason(error))
+            return None
 
     with ThreadPoolExecutor() as pool:  # compilation takes longer than the measurement
-        layers = dict(enumerate(pool.map(make, choices)))
+        made = dict(enumerate(pool.map(make, choices)))
+    layers = {index: running for index, running in made.items() if running}
     medians = interleaved_medians(layers, REPEATS)
-    return [medians[index] for index in range(len(choices))]
+    return [medians.get(index, UNMEASURED) for index in range(len(choices))]

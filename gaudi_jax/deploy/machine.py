@@ -36,8 +36,8 @@ class Machine(NamedTuple):
         return self.overhead + 2 * elements * itemsize / self.gathering
 
 
-#: By JAX backend. The first fits two cores of an AMD EPYC of 2026 and the second an H200 in bfloat16
-#: (docs/results.md); the third is a guess from data sheets, not measured.
+#: By JAX backend. The first fits two cores of an AMD EPYC (benchmarks/deploy.py); the rates of the
+#: second were seen on an H200, in bfloat16; the third is a guess from data sheets.
 MACHINES = {
     "cpu": Machine(2e-5, 2e11, 4e10, 2e10, 8),
     "gpu": Machine(3e-6, 3.3e14, 3.5e12, 3e12, 64, 8),

@@ -58,6 +58,11 @@ class Packer:
         packed.fill(left, right)
         return packed
 
+    def places(self) -> list[list[int]]:
+        """Where the columns read and write, as plain numbers."""
+        windows = (self._reads, self._writes)
+        return [values.tolist() for w in windows for values in (w.start, w.length)]
+
     def tileable(self, width: int) -> bool:
         """Whether tiles of so many columns cut the layer, and there is anything in it."""
         layer = self.layer

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gaudi_jax import kernels
 from gaudi_jax.compression.surgery import find_gaudi
 from gaudi_jax.errors import UserError, reason
 from gaudi_jax.export.loader import FORMAT, MAGIC
@@ -84,7 +85,8 @@ def export_model(
     inputs = jax.ShapeDtypeStruct((*batch, *example.shape[1:]), example.dtype)
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
     try:
-        exported = jax.export.export(jax.jit(apply), platforms=tuple(platforms))(shapes, inputs)
+        with kernels.portable():
+            exported = jax.export.export(jax.jit(apply), platforms=tuple(platforms))(shapes, inputs)
     except jax.errors.InconclusiveDimensionOperation as error:
         raise UserError(
             f"{type(model).__name__} does not take a batch of any size ({reason(error)}); it must "

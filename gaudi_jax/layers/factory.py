@@ -144,8 +144,10 @@ def _check_size(name: str, rank: int | None, budget: float | None) -> None:
         raise UserError(
             f"layer {name!r} needs rank or budget, not both: rank={rank}, budget={budget}"
         )
-    if budget is not None and not budget > 0:
-        raise UserError(f"budget={budget} must be positive; give a fraction of in·out")
+    if rank is not None and not isinstance(rank, int):
+        raise UserError(f"rank={rank!r} of layer {name!r} must be a whole number")
+    if budget is not None and not (isinstance(budget, int | float) and budget > 0):
+        raise UserError(f"budget={budget!r} must be a positive number; give a fraction of in·out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,8 @@ class GridFactory:
     def __post_init__(self):
         """Checks the fields."""
         _check_size(self.name, self.rank, self.budget)
+        if self.blocks is not None and not isinstance(self.blocks, int):
+            raise UserError(f"blocks={self.blocks!r} of layer {self.name!r} must be a whole number")
 
     def __call__(self, in_features: int, out_features: int, **kwargs: Any) -> GridLinear:
         """A layer of this kind."""
@@ -229,6 +233,10 @@ class BlockSparseFactory(GridFactory):
                 "layer 'block_sparse' needs rank and diagonals, or a budget: "
                 f"rank={self.rank}, diagonals={self.diagonals}"
             )
+        if self.diagonals is not None and not (
+            isinstance(self.diagonals, int) and self.diagonals >= 1
+        ):
+            raise UserError(f"diagonals={self.diagonals} must be a whole number, at least 1")
         if not 0 <= self.low_rank_share < 1:
             raise UserError(
                 f"low_rank_share={self.low_rank_share} is outside [0, 1); give one such as 0.25"
@@ -237,7 +245,7 @@ class BlockSparseFactory(GridFactory):
     def _given(self, blocks: int) -> dict[str, Any]:
         """Options of the layer where its rank is given."""
         most = blocks.bit_length()
-        return super()._given(blocks) | {"diagonals": min(self.diagonals or 1, most)}
+        return super()._given(blocks) | {"diagonals": min(self.diagonals or most, most)}
 
     def _sharing(self) -> dict[str, Any]:
         """How a budget is shared."""

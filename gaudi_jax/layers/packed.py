@@ -115,7 +115,7 @@ class PackedLinear(StructuredLinear):
     Args:
         in_features: features of the input.
         out_features: features of the output.
-        layout: the products, or None for a dense kernel.
+        layout: the products, as slices or as tiles, or None for a dense kernel.
         use_bias: whether to add a bias.
         dtype: dtype of the computation; None infers it from the input and the parameters.
         param_dtype: dtype of the parameters.
@@ -149,7 +149,9 @@ class PackedLinear(StructuredLinear):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
     ):
-        if isinstance(layout, Layout):
+        if isinstance(layout, Tiles):
+            layout.check(in_features, out_features)
+        elif layout is not None:
             _check(layout, in_features, out_features)
         self.in_features = in_features
         self.out_features = out_features
@@ -211,7 +213,9 @@ class PackedLinear(StructuredLinear):
     def affine(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
         """The product and the bias; a kernel adds it as it goes."""
         if isinstance(self.layout, Tiles):
-            return self._tiled(x, None if self.bias is None else self.bias[...])
+            return placed(
+                self._tiled(x, None if self.bias is None else self.bias[...]), out_sharding
+            )
         return super().affine(x, out_sharding)
 
     def _tiled(self, x: Array, bias: Array | None) -> Array:
@@ -224,7 +228,7 @@ class PackedLinear(StructuredLinear):
         if self.dense is not None:
             return jnp.matmul(x, self.dense[...].astype(x.dtype), out_sharding=out_sharding)
         if isinstance(self.layout, Tiles):
-            return self._tiled(x, None)
+            return placed(self._tiled(x, None), out_sharding)
         reads, writes = self.layout or NOTHING
         hidden = [
             x[..., :0],

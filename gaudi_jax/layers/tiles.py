@@ -9,7 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gaudi_jax.errors import UserError
+from gaudi_jax.kernels import on_hopper
 from gaudi_jax.kernels.table import CELL, Table
+
+#: Rows of a tile, cells in flight, and multiprocessors that share weights.
+TILINGS = {(256, 4, 1), (256, 4, 2), (128, 4, 1), (128, 5, 1)}
 
 
 class Tiles(NamedTuple):
@@ -44,14 +48,41 @@ class Tiles(NamedTuple):
         A kernel computes it where it can: in bfloat16, on GPUs of compute capability 9.0.
         """
         table, weights = self.tables[number], weights.astype(x.dtype)
-        if x.dtype == jnp.bfloat16 and on_hopper():
+
+        def plain(x: Array, weights: Array, *bias: Array) -> Array:
+            y = _plain(x, weights, table)
+            return y + bias[0].astype(y.dtype) if bias else y
+
+        def kernel(x: Array, weights: Array, *bias: Array) -> Array:
             from gaudi_jax.kernels.hopper import Tiling, multiply  # slow to import
 
             rows = x.reshape(-1, x.shape[-1])
-            y = multiply(rows, weights, table, bias, tiling=Tiling(*self.tilings[number]))
+            y = multiply(rows, weights, table, *bias, tiling=Tiling(*self.tilings[number]))
             return y.reshape(*x.shape[:-1], -1)
-        y = _plain(x, weights, table)
-        return y if bias is None else y + bias.astype(y.dtype)
+
+        operands = (x, weights) if bias is None else (x, weights, bias)
+        if x.dtype == jnp.bfloat16 and x.size and on_hopper():
+            return jax.lax.platform_dependent(*operands, cuda=kernel, default=plain)
+        return plain(*operands)
+
+    def check(self, in_features: int, out_features: int) -> None:
+        """Whether the tables fit the axes of a layer.
+
+        Raises:
+            UserError: they do not.
+        """
+        first, second = self.tables
+        between = len(first.counts) * self.width
+        for table, features in ((first, in_features), (second, between)):
+            if features % CELL or any(not 0 <= cell < features // CELL for cell in table.cells):
+                raise UserError(f"a cell of the tiles lies outside {features} features")
+        if len(second.counts) * self.width != out_features:
+            raise UserError(
+                f"{len(second.counts)} tiles of {self.width} columns are not the layer's "
+                f"{out_features} output features"
+            )
+        if any(tuple(tiling) not in TILINGS for tiling in self.tilings):
+            raise UserError(f"unknown tilings {self.tilings}; use some of {sorted(TILINGS)}")
 
     def to_lists(self) -> dict[str, Any]:
         """As plain values that JSON holds."""
@@ -83,11 +114,6 @@ class Tiles(NamedTuple):
                 f"the tiles of a packed layer are damaged ({error}); give the plan that "
                 "gaudi_jax.harden returned"
             ) from error
-
-
-def on_hopper() -> bool:
-    """Whether JAX computes on GPUs of compute capability 9.0."""
-    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 def _plain(x: Array, weights: Array, table: Table) -> Array:
