@@ -166,7 +166,7 @@ def main() -> None:
         if differing:
             raise SystemExit(f"{processes} processes: {', '.join(differing)} differ; see {folder}")
         shutil.rmtree(folder)
-        print(f"{processes} processes: {args.kills} kills, and bitwise the same end")
+        print(f"{processes} processes: {args.kills} kills, and bitwise the same end", flush=True)
 
 
 if __name__ == "__main__":

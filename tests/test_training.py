@@ -184,7 +184,7 @@ def wrong(**changes):
         ({"model__name": "cnn"}, "unknown model 'cnn'"),
         ({"model__dtype": "float64"}, "unknown dtype 'float64'"),
         ({"model__patch_size": 3}, "patch_size=3 does not divide"),
-        ({"layer__mlp__name": "blast"}, "unknown layer 'blast'"),
+        ({"layer__mlp__name": "abacus"}, "unknown layer 'abacus'"),
         ({"data__name": "mnist"}, "unknown data set 'mnist'"),
         ({"data__batch_size": 0}, "batch_size=0"),
         ({"data__batch_size": 1000}, "batch_size=1000 must lie in"),
