@@ -60,7 +60,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path):
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
         (["--config=configs/digits_vit_gaudi.py:budget=x"], "'budget=x' needs a value like 0.33"),
         (["--config=configs/digits_vit_gaudi.py:layr=x"], "unknown config argument 'layr'"),
-        (["--config=configs/digits_vit_gaudi.py:layer=blast"], "unknown layer 'blast'"),
+        (["--config=configs/digits_vit_gaudi.py:layer=abacus"], "unknown layer 'abacus'"),
         (["--config.data.name=folder:/nowhere"], "data folder /nowhere is not there"),
         (["--speed=9"], "Unknown command line flag 'speed'"),
         (["train"], "unexpected argument 'train'"),
