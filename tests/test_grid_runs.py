@@ -170,3 +170,20 @@ def test_blocks_are_split_over_devices():
         "s": (),
         "sparse": ("tensor", None, None, "fsdp"),
     }
+
+
+@pytest.mark.parametrize("lost", ["diagonals", "num_blocks", "rank"])
+def test_damaged_plans_are_named(lost):
+    model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+    _, plan = gaudi_jax.compress(model, 0.5, method="block_sparse", grid=4, progress=False)
+    plan["layers"]["layers/0"][lost] = None
+    with pytest.raises(UserError, match=f"needs whole numbers of {lost}"):
+        gaudi_jax.rebuild(model, plan)
+
+
+@pytest.mark.parametrize("method", GRID_LAYERS)
+def test_a_whole_budget_is_exact(method):
+    model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+    _, plan = gaudi_jax.compress(model, 1.0, method=method, grid=4, progress=False)
+    assert plan["layers"]["layers/0"]["error"] < 1e-4
+    assert plan["multiplications"] == 256

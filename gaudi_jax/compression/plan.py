@@ -207,6 +207,14 @@ def check_format(plan: Any) -> None:
             )
         if "method" in keys and part["method"] not in METHODS:
             raise UserError(f"{name} has the unknown method {part['method']!r}; use another plan")
+        if "method" in keys and part["method"] in GRID_LAYERS:
+            sizes = ("rank", "num_blocks", *(("diagonals",) * (part["method"] == "block_sparse")))
+            wrong = [key for key in sizes if not isinstance(part.get(key), int)]
+            if wrong:
+                raise UserError(
+                    f"{name} needs whole numbers of {', '.join(wrong)}; give the plan that "
+                    "gaudi_jax.compress returned"
+                )
 
 
 def _check_model(plan: Mapping[str, Any], dense: Mapping[str, Any], left: Mapping[str, str]):

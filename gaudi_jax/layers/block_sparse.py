@@ -189,6 +189,8 @@ class BlockSparseLinear(GridLinear):
         diagonals = min(max(spent // diagonal, 1), blocks.bit_length())
         rank = max((cost - diagonals * diagonal) // column, 1)
         full = min(in_features, out_features)
+        if cost >= in_features * out_features:  # as much as a dense kernel: any of them
+            rank = full
         return {"blocks": blocks, "diagonals": diagonals, "rank": min(rank, full)}
 
     def kernel(self) -> Float[Array, "in out"]:
