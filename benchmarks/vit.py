@@ -66,13 +66,6 @@ def gradient_of(model: nnx.Module, part: Callable[[GaudiLinear], Any]) -> Callab
     return lambda: gradient(params)
 
 
-def on_device(model: nnx.Module) -> nnx.Module:
-    """A copy whose arrays nobody else holds."""
-    result = nnx.clone(model, arrays=True)
-    nnx.update(result, jax.device_put(nnx.state(result), jax.devices()[0]))
-    return result
-
-
 def measure(
     models: dict[str, nnx.Module], batch_size: int, alone: dict[str, Any], args: argparse.Namespace
 ) -> None:
@@ -85,7 +78,9 @@ def measure(
     }
     tasks = {layer: open_config(layer, batch_size, args) for layer in models}
     parts: dict[str, Any] = {
-        layer: our_step(task, on_device(models[layer]), batch) for layer, task in tasks.items()
+        # A copy: the steps give up the arrays of their model.
+        layer: our_step(task, nnx.clone(models[layer], arrays=True), batch)
+        for layer, task in tasks.items()
     }
     with ThreadPoolExecutor() as pool:  # compilation takes minutes
         list(pool.map(lambda part: jax.block_until_ready(part()), (parts | alone).values()))
@@ -122,10 +117,9 @@ def main() -> None:
         layer: build_model(open_config(layer, args.batch[0], args).config)
         for layer in ("dense", "gaudi")
     }
-    model = on_device(models["gaudi"])
     alone = {
-        "masks alone": gradient_of(model, lambda layer: layer.masks()),
-        "masks and kernels alone": gradient_of(model, lambda layer: layer.kernel()),
+        "masks alone": gradient_of(models["gaudi"], lambda layer: layer.masks()),
+        "masks and kernels alone": gradient_of(models["gaudi"], lambda layer: layer.kernel()),
     }
     for batch_size in args.batch:
         measure(models, batch_size, alone, args)

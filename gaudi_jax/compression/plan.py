@@ -208,7 +208,9 @@ def check_format(plan: Any) -> None:
         if "method" in keys and part["method"] not in METHODS:
             raise UserError(f"{name} has the unknown method {part['method']!r}; use another plan")
         if "method" in keys and part["method"] in GRID_LAYERS:
-            sizes = ("rank", "num_blocks", *(("diagonals",) * (part["method"] == "block_sparse")))
+            sizes = ["rank", "num_blocks"]
+            if part["method"] == "block_sparse":
+                sizes.append("diagonals")
             wrong = [key for key in sizes if not isinstance(part.get(key), int)]
             if wrong:
                 raise UserError(

@@ -8,12 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gaudi_jax.decomposition.blast import blast_factors, blast_kernel
-from gaudi_jax.layers.base import (
-    KernelInit,
-    StructuredLinear,
-    default_bias_init,
-    default_kernel_init,
-)
+from gaudi_jax.layers.base import KernelInit, default_bias_init, default_kernel_init
 from gaudi_jax.layers.grid import GridLinear, check_rank
 
 
@@ -99,32 +94,6 @@ class BlastLinear(GridLinear):
         self.s = nnx.Param(
             jax.random.uniform(rngs.params(), (blocks, blocks, rank), param_dtype, 0, 2)
         )
-
-    @classmethod
-    def from_kernel(
-        cls,
-        kernel: Float[Array, "in out"],
-        *,
-        bias: Float[Array, " out"] | None = None,
-        **options: Any,
-    ) -> StructuredLinear:
-        """Builds the layer from a dense kernel by preconditioned gradient descent.
-
-        Args:
-            kernel: dense kernel, shape (in, out).
-            bias: bias, shape (out,), or None for a layer without one.
-            **options: keyword arguments of the constructor.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from gaudi_jax import BlastLinear
-            >>> layer = BlastLinear.from_kernel(jnp.ones((4, 6)), blocks=2, rank=1)
-            >>> bool(jnp.allclose(layer.kernel(), 1, atol=1e-4))
-            True
-        """
-        layer = super().from_kernel(kernel, bias=bias, **options)
-        layer.set_kernel(kernel)
-        return layer
 
     @classmethod
     def least(cls, in_features: int, out_features: int, blocks: int) -> int:

@@ -14,7 +14,6 @@ from gaudi_jax.decomposition.block_sparse import (
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.base import (
     KernelInit,
-    StructuredLinear,
     default_bias_init,
     default_kernel_init,
     dot,
@@ -121,33 +120,6 @@ class BlockSparseLinear(GridLinear):
         self.v = nnx.Param(v.astype(param_dtype))
         self.u = nnx.Param(u.astype(param_dtype))
         self.sparse = nnx.Param(sparse.astype(param_dtype))
-
-    @classmethod
-    def from_kernel(
-        cls,
-        kernel: Float[Array, "in out"],
-        *,
-        bias: Float[Array, " out"] | None = None,
-        **options: Any,
-    ) -> StructuredLinear:
-        """Builds the layer from a dense kernel by alternating fits.
-
-        Args:
-            kernel: dense kernel, shape (in, out).
-            bias: bias, shape (out,), or None for a layer without one.
-            **options: keyword arguments of the constructor.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from gaudi_jax import BlockSparseLinear
-            >>> kernel = jnp.eye(8) + 1
-            >>> layer = BlockSparseLinear.from_kernel(kernel, blocks=4, diagonals=1, rank=1)
-            >>> bool(jnp.allclose(layer.kernel(), kernel, atol=1e-2))
-            True
-        """
-        layer = super().from_kernel(kernel, bias=bias, **options)
-        layer.set_kernel(kernel)
-        return layer
 
     @classmethod
     def _cuts(cls, blocks: int, in_features: int, out_features: int) -> bool:

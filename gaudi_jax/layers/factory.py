@@ -180,8 +180,9 @@ class GridFactory:
         """A layer of this kind."""
         cls: Any = GRID_LAYERS[self.name]
         blocks = cls.fitting_blocks(in_features, out_features, self.blocks)
-        options = self._given(blocks)
-        if self.budget is not None:
+        if self.budget is None:
+            options = self._given(blocks)
+        else:
             # Half a multiplication more, lest rounding loses a whole one.
             cost = int(self.budget * in_features * out_features + 0.5)
             options = cls.affordable(in_features, out_features, blocks, cost, **self._sharing())

@@ -64,6 +64,32 @@ class GridLinear(StructuredLinear):
         )
 
     @classmethod
+    def from_kernel(
+        cls,
+        kernel: Float[Array, "in out"],
+        *,
+        bias: Float[Array, " out"] | None = None,
+        **options: Any,
+    ) -> StructuredLinear:
+        """Builds the layer by its whole fit to a dense kernel; a random start makes do with less.
+
+        Args:
+            kernel: dense kernel, shape (in, out).
+            bias: bias, shape (out,), or None for a layer without one.
+            **options: keyword arguments of the layer's constructor.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from gaudi_jax import BlastLinear
+            >>> layer = BlastLinear.from_kernel(jnp.ones((4, 6)), blocks=2, rank=1)
+            >>> bool(jnp.allclose(layer.kernel(), 1, atol=1e-4))
+            True
+        """
+        layer = super().from_kernel(kernel, bias=bias, **options)
+        layer.set_kernel(kernel)
+        return layer
+
+    @classmethod
     def fitting_blocks(cls, in_features: int, out_features: int, at_most: int | None = None) -> int:
         """The largest number of parts of both axes.
 

@@ -143,7 +143,7 @@ class PackedLinear(StructuredLinear):
         self,
         in_features: int,
         out_features: int,
-        layout: "Layout | Tiles | None",
+        layout: Layout | Tiles | None,
         *,
         use_bias: bool = True,
         dtype: Any = None,
