@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,9 @@ LARGE_KERNEL = 2**18
 #: each step on it costs n² instead of n.
 LARGE_AXIS = 1024
 LARGE_AXIS_ROUNDS = 1 / 10
+
+#: What a search begins with: blocks, rounds, share of the slots that one round may fill.
+Start = tuple[Blocks, Array, float]
 
 
 class Factors(NamedTuple):
@@ -195,28 +199,30 @@ def _decompose(
         axes = Axes(*plain)
         begin = Blocks.empty(min(n, m) // rank, rank, (n, m))
 
-        def best_of_paces(axes: Axes, begin: Blocks, rounds: Array) -> Blocks:
-            def at_pace(share):
-                return search(kernel, goal, key, axes, begin, rounds, share)
-
-            return _best(kernel, axes, lax.map(at_pace, jnp.array(paces)))
+        def searched(axes: Axes, starts: Sequence[Start]) -> Blocks:
+            # One after the other, but compiled once.
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+            return lax.map(lambda start: search(kernel, goal, key, axes, *start), stacked)
 
         if second_moment is not None:
             moment, _ = _scaled(second_moment.astype(jnp.float32), jnp.trace(second_moment) / n)
             moment = regularise(moment)
             weighted: Axis = WeightedAxis.of(moment, n // cell[0])
             if n > LARGE_AXIS:
-                begin = best_of_paces(axes, begin, rounds)
+                starts = [(begin, rounds, share) for share in paces]
+                begin = _best(kernel, axes, searched(axes, starts))
                 rounds = jnp.ceil(LARGE_AXIS_ROUNDS * rounds).astype(jnp.int32)
             axes = Axes(weighted, plain[1])
         svd = svd_blocks(kernel, goal, axes, rank)
-        found = [svd, best_of_paces(axes, begin, rounds)]
+        starts = [(begin, rounds, share) for share in paces]
         if rank > 1 or max(cell) > 1:
             # Where windows are coarse or tie columns together, blocks of full width are the better
             # start for kernels without local structure.
-            found.append(search(kernel, goal, key, axes, svd, (rounds + 1) // 2, QUICK))
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-        return _factors(_best(kernel, axes, stacked), axes, scale)
+            starts.append((svd, (rounds + 1) // 2, QUICK))
+        found = jax.tree.map(
+            lambda one, more: jnp.concatenate([one[None], more]), svd, searched(axes, starts)
+        )
+        return _factors(_best(kernel, axes, found), axes, scale)
 
 
 def _best(kernel: Array, axes: Axes, found: Blocks) -> Blocks:
