@@ -13,8 +13,8 @@ model on generated images first).
 
 The paper's recipe: 35 epochs, batches of 1024, learning rate 1e-4 with a cosine, weight decay 0.05,
 drop path 0.1; here the structure is found by search on the outputs of 2048 training images, stays
-as it is found, and the factors learn at four times the rate. Random augmentation and erasing are
-not among this version's augmentations. Accuracy with this code has not been measured yet.
+as it is found, and the factors learn at four times the rate. Augmentation is that of
+``configs/vit_b_gaudi.py``. Accuracy with this code has not been measured yet.
 """
 
 from configs import vit_b_gaudi

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import jax
+
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -27,7 +29,7 @@ class UserError(ValueError):
 def exit_status(command: Callable[[], object]) -> int:
     """Runs a command; a user's mistake is printed in one sentence on stderr, without a traceback.
 
-    So is a disk that is full or may not be written to.
+    So is a disk that is full or may not be written to, and a device whose memory is.
 
     Returns:
         0, or 1 after a mistake.
@@ -41,6 +43,15 @@ def exit_status(command: Callable[[], object]) -> int:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: a device has too little memory ({reason(error)[:200]}); set "
+            "train.accumulate=4 or model.remat=True, split the model with mesh.fsdp, or take a "
+            "smaller batch; what was saved before is kept",
+            file=sys.stderr,
+        )
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

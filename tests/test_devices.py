@@ -276,3 +276,14 @@ def test_what_a_launcher_says_is_used(monkeypatch):
     start_processes(ConfigDict(ALONE | {"coordinator_address": "node1:1234"}))
     addresses = [(known["coordinator_address"], known["process_id"]) for known in found]
     assert addresses == [(None, None), ("node1:1234", 1)]
+
+
+def test_each_process_of_open_mpi_takes_its_own_device(monkeypatch):
+    found = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **known: found.append(known))
+    for name, value in {"SIZE": 4, "RANK": 3, "LOCAL_SIZE": 2, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    start_processes(ConfigDict(ALONE | {"coordinator_address": "node1:1234"}))
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "1")  # all devices of the host are its own
+    start_processes(ConfigDict(ALONE | {"coordinator_address": "node1:1234"}))
+    assert [known["local_device_ids"] for known in found] == [[1], None]

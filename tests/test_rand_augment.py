@@ -18,8 +18,8 @@ def noise(height=24, width=32, channels=3, seed=0):
 
 def operate(name, share, sign=1, image=None):
     image = noise() if image is None else image
-    strength = Strength(share, sign, Image.Resampling.BILINEAR)
-    return np.asarray(OPERATIONS[name](Image.fromarray(image), strength)).astype(int)
+    picture = OPERATIONS[name](Image.fromarray(image), Strength(share, sign))
+    return np.asarray(picture).astype(int)
 
 
 # The definitions in plain NumPy, at a share of 0.9 (magnitude 9): the oracle.
@@ -80,6 +80,17 @@ def test_operations_that_move_pixels():
     assert (20 - row, column - 20) == pytest.approx((16 * 0.5, 16 * 0.866), abs=2)
 
 
+def test_pixels_move_by_bicubic_resampling():
+    """By half a pixel, the weights are those of the cubic kernel with a = -1."""
+    line = noise(1, 40)[0].astype(float)
+    image = np.broadcast_to(line, (40, 40, 3)).astype(np.uint8)
+    share = 0.5 / (0.45 * 40)
+    moved = operate("translate_x", share, 1, image)[20]
+    neighbours = np.stack([line[i : i + 37] for i in range(4)])
+    wanted = np.tensordot([-1 / 8, 5 / 8, 5 / 8, -1 / 8], neighbours, axes=1)
+    np.testing.assert_allclose(moved[1:38], np.clip(wanted, 0, 255), atol=1)
+
+
 def test_operations_are_drawn_evenly_and_made_half_of_the_time(monkeypatch):
     made, strengths = [], []
 
@@ -117,7 +128,7 @@ def test_every_operation_takes_grey_and_coloured_images(channels):
     }
     assert changed == {True, False}
     for name, operation in OPERATIONS.items():
-        result = operation(picture, Strength(0.9, -1, Image.Resampling.BICUBIC))
+        result = operation(picture, Strength(0.9, -1))
         assert (result.size, result.mode) == (picture.size, picture.mode), name
 
 

@@ -1,6 +1,10 @@
 """Grain pipelines from a source of images to batches, resumable in the middle of an epoch."""
 
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -166,7 +170,24 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
         return dataset
     if not flags.FLAGS.is_parsed():  # Grain's processes read flags that only absl programs parse
         flags.FLAGS.mark_as_parsed()
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    return dataset.mp_prefetch(options, worker_init_fn=_as_worker)
+
+
+def _as_worker(number: int, count: int) -> None:
+    """A worker lives as long as its run does.
+
+    SIGTERM often goes to all processes of a job at once: the run still needs its batches to make
+    its last step and to save. Of a run that is killed, workers would wait forever.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _augment(example: Example, rng: np.random.Generator, **options: Any) -> Example:

@@ -3,7 +3,7 @@
 Operations, ranges and chances are those with which ViTs are trained on ImageNet (DeiT,
 arXiv:2012.12877, "rand-m9-mstd0.5-inc1"): every operation grows stronger with the magnitude, two
 are drawn for an image, and each is made with a chance of one half, at a normally distributed
-magnitude.
+magnitude. Pixels are moved by bicubic resampling.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,12 +27,10 @@ class Strength(NamedTuple):
     Attributes:
         share: of its range, from 0 to 1.
         sign: 1 or -1, of operations with a direction.
-        resample: of operations that move pixels.
     """
 
     share: float
     sign: int
-    resample: Image.Resampling
 
 
 Operation = Callable[[Image.Image, Strength], Image.Image]
@@ -58,10 +56,7 @@ def rand_augment(picture: Image.Image, magnitude: float, rng: np.random.Generato
         if rng.random() < CHANCE:
             share = np.clip(rng.normal(magnitude, SPREAD), 0, GREATEST) / GREATEST
             sign = 1 if rng.random() < 0.5 else -1
-            resample = Image.Resampling(
-                rng.choice([Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
-            )
-            picture = OPERATIONS[names[index]](picture, Strength(share, sign, resample))
+            picture = OPERATIONS[names[index]](picture, Strength(share, sign))
     return picture
 
 
@@ -70,7 +65,7 @@ def _affine(picture: Image.Image, strength: Strength, matrix: tuple[float, ...])
         picture.size,
         Image.Transform.AFFINE,
         matrix,
-        resample=strength.resample,
+        resample=Image.Resampling.BICUBIC,
         fillcolor=FILL[picture.mode],
     )
 
@@ -95,7 +90,7 @@ def _translate_y(picture: Image.Image, strength: Strength) -> Image.Image:
 
 def _rotate(picture: Image.Image, strength: Strength) -> Image.Image:
     degrees = strength.sign * 30 * strength.share
-    return picture.rotate(degrees, resample=strength.resample, fillcolor=FILL[picture.mode])
+    return picture.rotate(degrees, resample=Image.Resampling.BICUBIC, fillcolor=FILL[picture.mode])
 
 
 def _posterize(picture: Image.Image, strength: Strength) -> Image.Image:

@@ -24,7 +24,7 @@ from gaudi_jax.training.load import PACKED, load_with_step
 from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.processes import is_primary
 from gaudi_jax.training.tasks import Task, open_task
-from gaudi_jax.training.workdir import read_config
+from gaudi_jax.training.workdir import read_config, write_atomically
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -87,16 +87,15 @@ def write_report(
         "bytes": costs.bytes,
         "layers": [_layer(layer) for layer in costs.to_dict()["layers"]],
         "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
     }
     text = json.dumps(summary, indent=2, allow_nan=False)
     if not is_primary():
         return summary
     stem = workdir / ("summary-packed" if packed else "summary")
-    stem.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    stem.with_suffix(".txt").write_text(summary_table(summary) + "\n", encoding="utf-8")
+    write_atomically(stem.with_suffix(".txt"), summary_table(summary) + "\n")
     if packed:  # the curves are those of the run, and there are no masks
+        write_atomically(stem.with_suffix(".json"), text + "\n")
         return summary
     plot_curves(
         rows,
@@ -107,7 +106,22 @@ def write_report(
         unigram_perplexity=summary.get("unigram_perplexity"),
     )
     plot_masks(model, workdir / "masks.png")
+    # Last: where it is, the report is whole.
+    write_atomically(stem.with_suffix(".json"), text + "\n")
     return summary
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a run's numbers.
+
+    Example:
+        >>> from gaudi_jax.report.summary import versions
+        >>> sorted(versions())[:2]
+        ['flax', 'grain']
+    """
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
 
 
 def _all_test_results(model: nnx.Module, task: Task) -> dict[str, float]:

@@ -1,10 +1,11 @@
 """Checkpoints of a run: the whole training state, verified when it is read back."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
-import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from gaudi_jax.errors import UserError
 from gaudi_jax.training.checksums import described
 from gaudi_jax.training.mesh import place
 from gaudi_jax.training.processes import is_primary, of_all, sum_of_all, wait_for_all
+from gaudi_jax.training.workdir import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -204,6 +206,20 @@ class Checkpointer:
         if not saved:
             raise RuntimeError(f"step {step} was not saved in {self._directory}")
 
+    def rate(self, step: int, score: float | None) -> None:
+        """Gives a checkpoint that was saved without one a score, in a file beside it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if score is not None:
+            self._scores[step] = score
+            if is_primary():
+                write_atomically(self._score_file(step), json.dumps(score))
+
+    def _score_file(self, step: int) -> Path:
+        return self._directory / f"{step}.score"
+
     def restore(
         self,
         abstract_state: Mapping[str, Any] | Callable[[int], Mapping[str, Any]],
@@ -246,7 +262,7 @@ class Checkpointer:
         for candidate in reversed(steps):
             wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
             try:
-                state, iterator_state = self._read(candidate, wanted)
+                state, iterator_state = self._read_twice(candidate, wanted)
             except UserError:
                 raise
             # Orbax and tensorstore raise many kinds of errors for missing or damaged files.
@@ -266,6 +282,15 @@ class Checkpointer:
             f"every checkpoint in {self._directory} is damaged ({', '.join(map(str, steps))}); "
             "restore them from a copy, or start again with another --workdir"
         )
+
+    def _read_twice(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """As `_read`; what the system could not do may go well a moment later."""
+        try:
+            return self._read(step, abstract)
+        except (OSError, MemoryError) as error:
+            log.warning("checkpoint %d: %s; reading it again", step, _first_line(error))
+            time.sleep(1)
+            return self._read(step, abstract)
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """The state and the data iterator's state; any error but a UserError means damage."""
@@ -295,6 +320,8 @@ class Checkpointer:
     def _read_score(self, step: int) -> float:
         try:
             score = self._read_about(step)["score"]
+            if score is None and self._score_file(step).exists():
+                score = json.loads(self._score_file(step).read_text(encoding="utf-8"))
         except Exception:  # damaged: `restore` will say so
             return -math.inf
         return -math.inf if score is None else score
@@ -318,8 +345,8 @@ class Checkpointer:
         if self._manager is None:
             return
         for step in steps if is_primary() else ():
-            aside = self._directory / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
+            names = (f"{step}.damaged{number or ''}" for number in itertools.count())
+            aside = next(path for name in names if not (path := self._directory / name).exists())
             (self._directory / str(step)).rename(aside)
         wait_for_all("damaged checkpoints are renamed")
         self._manager.reload()

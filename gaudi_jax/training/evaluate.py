@@ -26,10 +26,11 @@ def evaluate_batches(
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
 ) -> dict[str, float]:
-    """Sums over all batches."""
+    """Sums over all batches; nothing where there are none."""
     # Sums stay on the device until the end, so that batches follow one another without waiting.
     sums = [step(params, other, put_batch(batch, mesh)) for batch in batches]
-    return {name: float(np.sum([np.asarray(s[name]) for s in sums])) for name in sums[0]}
+    names = sums[0] if sums else ()
+    return {name: float(np.sum([np.asarray(s[name]) for s in sums])) for name in names}
 
 
 def evaluate_model(

@@ -19,6 +19,8 @@ from gaudi_jax.training.phases import Phase, phase_of
 from gaudi_jax.training.setup import build_model
 from gaudi_jax.training.step import split_model
 from gaudi_jax.training.workdir import read_config, write_atomically
+from gaudi_jax.zoo import published_folder
+from gaudi_jax.zoo.published import read_published
 
 PLAN_FILE = "plan.json"
 #: Directory in a run's workdir that holds its packed model, and its name as a checkpoint.
@@ -26,12 +28,14 @@ PACKED = "packed"
 
 
 def load(
-    workdir: str | Path, step: int | str | None = None, *, into: nnx.Module | None = None
+    source: str | Path, step: int | str | None = None, *, into: nnx.Module | None = None
 ) -> nnx.Module:
-    """A model from disk, in evaluation mode: that of a run, or a compressed one that was saved.
+    """A trained model, in evaluation mode: that of a run, a published one, or one that was saved.
 
     Args:
-        workdir: directory of a run, or one that `gaudi_jax.save` wrote.
+        source: directory of a run, or one that `gaudi_jax.save` wrote; or a published model: its
+            directory, ``zoo:NAME`` of one that comes with the package (`gaudi_jax.zoo.names`), or
+            ``hf:OWNER/NAME`` of one on the Hugging Face hub.
         step: step of the run's checkpoint, "best" (by validation accuracy, or loss), "packed" (what
             ``python -m gaudi_jax.deploy`` made of one), or None for the newest.
         into: for a saved model, one like that which was compressed (dense) or packed (with Gaudi
@@ -39,14 +43,23 @@ def load(
             model of a run.
 
     Raises:
-        UserError: the directory holds no run, no such checkpoint or no saved model, or `into` is
-            another model.
+        UserError: the directory holds no run, no such checkpoint or no saved model, `into` is
+            another model, or there is no published model of that name.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import gaudi_jax
         >>> model = gaudi_jax.load("runs/digits")  # doctest: +SKIP
+        >>> model = gaudi_jax.load("zoo:digits-vit-gaudi")
+        >>> model(jnp.zeros((1, 8, 8, 1))).shape
+        (1, 10)
     """
-    return load_with_step(workdir, step, into=into)[0]
+    folder = published_folder(source)
+    if folder is None:
+        return load_with_step(source, step, into=into)[0]
+    if step is not None or into is not None:
+        raise UserError(f"{source} is a published model, of one step; leave out step and into")
+    return read_published(folder)
 
 
 def as_step(text: str) -> int | str:

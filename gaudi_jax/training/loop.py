@@ -3,13 +3,12 @@
 import dataclasses
 import itertools
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import grain
 import jax
@@ -28,7 +27,7 @@ from gaudi_jax.training.evaluate import evaluate_batches
 from gaudi_jax.training.load import abstract_model
 from gaudi_jax.training.memory import estimate_memory, log_memory
 from gaudi_jax.training.mesh import batch_shard, check_batch, make_mesh, place, put_batch
-from gaudi_jax.training.metrics import MetricLog, Progress
+from gaudi_jax.training.metrics import MetricLog, Progress, read_metrics
 from gaudi_jax.training.moments import read_moments, with_moments
 from gaudi_jax.training.phases import Phase, phase_of, phases
 from gaudi_jax.training.processes import (
@@ -155,6 +154,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                 trace,
                 stop,
                 made,
+                None if restored is None or _was_evaluated(workdir, made) else made,
             )
             # ---- phases: each with its own structure, optimizer state and compiled step ----------
             moments = moments_of(source) if source and is_run(source) and not resumes else None
@@ -183,11 +183,12 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                 model = nnx.merge(graphdef, *jax.tree.map(jnp.asarray, state[1:3]))
                 moments = read_moments(state.opt_state)
         checkpoints.wait()
-    if stop.requested and run.saved_step < config.train.steps:
+    steps = config.train.steps
+    if stop.requested and (run.saved_step < steps or run.not_evaluated == steps):
         log.warning(
             "stopped at step %d of %d; run it again to continue",
             run.saved_step,
-            config.train.steps,
+            steps,
         )
         return False
     return True
@@ -237,12 +238,18 @@ class _Run:
     trace: StepTrace
     stop: "_Stop"
     saved_step: int
+    not_evaluated: int | None
+    save_due: bool = False
     skipped: int = 0
 
     def make_steps(self, graphdef: nnx.GraphDef, state: TrainState, phase: Phase) -> TrainState:
         """Trains to the end of a phase, or until the run is asked to stop."""
         config, first = self.task.config, int(state.step)
         step_fn, evaluation_fn = self._prepared(graphdef, state, phase)
+        if first == self.not_evaluated and self._due(first, phase):
+            if (evaluated := self._evaluate(evaluation_fn, state, first)) is None:
+                return state
+            self.checkpoints.rate(first, self._score(first, evaluated))
         started = time.perf_counter()
         for step in range(first + 1, phase.last + 1):
             ends = step == phase.last
@@ -257,15 +264,14 @@ class _Run:
                 self._log(step, state, metrics, speed)
             self.progress.advance(step)
             self.stop.look()
-            evaluated = None
-            if step % config.train.eval_every == 0 or ends:
-                evaluated = self._evaluate(evaluation_fn, state, step)
-            if step % config.checkpoint.every == 0 or ends or self.stop.requested:
-                # A checkpoint of a run that has diverged would push out the good ones.
-                if math.isfinite(float(metrics["train_loss"])):
-                    self._save(state, step, evaluated)
-                elif ends:
-                    self._diverged(state, metrics, step)
+            evaluated = (
+                self._evaluate(evaluation_fn, state, step) if self._due(step, phase) else None
+            )
+            self.save_due |= step % config.checkpoint.every == 0
+            # Checkpoints of a run that has diverged would push out the good ones: while steps are
+            # skipped, they wait.
+            if ends or self.stop.requested or (self.save_due and not _skipped_in_a_row(state)):
+                self._save(state, step, evaluated)
             if self.stop.requested:
                 break
         return state
@@ -297,45 +303,62 @@ class _Run:
 
     def _log(self, step: int, state: TrainState, metrics: Metrics, steps_per_second: float) -> None:
         row = {name: float(value) for name, value in metrics.items()}
-        in_a_row = int(state.opt_state.notfinite_count)
-        if in_a_row >= self.task.config.train.max_skipped or (
-            # An infinite loss may have finite gradients: then nothing is skipped, nor mended.
-            not in_a_row and not math.isfinite(row["train_loss"])
-        ):
-            self._diverged(state, metrics, step)
+        in_a_row = _skipped_in_a_row(state)
+        if in_a_row >= self.task.config.train.max_skipped:
+            raise UserError(
+                f"the loss is {row['train_loss']} at step {step}, and the last {in_a_row} steps "
+                "were skipped; lower optimizer.learning_rate or set optimizer.clip_norm "
+                f"(checkpoints in {self.workdir} are kept)"
+            )
         row["skipped_steps"] = skipped = int(state.opt_state.total_notfinite)
         if skipped > self.skipped:
-            log.warning("%d steps had no finite gradients and were skipped", skipped)
+            log.warning("%d steps had no finite loss or gradients and were skipped", skipped)
         self.skipped = skipped
         speed = steps_per_second * self.task.units_per_step
         self.rows.write({"step": step, **row, f"{self.task.unit}s_per_second": speed})
         self.progress.show(row)
 
-    def _diverged(self, state: TrainState, metrics: Metrics, step: int) -> NoReturn:
-        skipped = int(state.opt_state.notfinite_count)
-        raise UserError(
-            f"the loss is {float(metrics['train_loss'])} at step {step}, and the last {skipped} "
-            "steps were skipped; lower optimizer.learning_rate or set optimizer.clip_norm "
-            f"(checkpoints in {self.workdir} are kept)"
-        )
+    def _due(self, step: int, phase: Phase) -> bool:
+        """Whether the model is evaluated after a step."""
+        return step % self.task.config.train.eval_every == 0 or step == phase.last
 
-    def _evaluate(self, evaluation_fn: Any, state: TrainState, step: int) -> dict[str, float]:
-        """Results on the validation split."""
+    def _evaluate(
+        self, evaluation_fn: Any, state: TrainState, step: int
+    ) -> dict[str, float] | None:
+        """Results on the validation split.
+
+        None if the run is asked to stop meanwhile, since time is short then; it evaluates when it
+        goes on.
+        """
+        self.not_evaluated = step
         batches = self.task.evaluation_batches("validation", batch_shard(self.mesh))
         batches = self.watch.through(batches, step, "evaluating")
-        sums = evaluate_batches(evaluation_fn, state.params, state.other, batches, self.mesh)
+        batches = itertools.takewhile(lambda _: not self.stop.look(), batches)
+        if not self.stop.requested:
+            sums = evaluate_batches(evaluation_fn, state.params, state.other, batches, self.mesh)
+        if self.stop.requested:
+            return None
         evaluated = self.task.results(sums, "validation")
         row = {f"validation_{name}": value for name, value in evaluated.items()}
         self.rows.write({"step": step, **row})
         self.progress.show(row)
+        self.not_evaluated = None
         return evaluated
 
     def _save(self, state: TrainState, step: int, evaluated: dict[str, float] | None) -> None:
         self.watch.note(step, "saving a checkpoint")
-        settled = _settled(self.task.config, step)
-        score = self.task.score(evaluated) if evaluated and settled else None
+        score = self._score(step, evaluated)
         self.checkpoints.save(step, state._asdict(), self.iterator, score=score)
-        self.saved_step = step
+        self.saved_step, self.save_due = step, False
+
+    def _score(self, step: int, evaluated: dict[str, float] | None) -> float | None:
+        settled = _settled(self.task.config, step)
+        return self.task.score(evaluated) if evaluated and settled else None
+
+
+def _skipped_in_a_row(state: TrainState) -> int:
+    """The last steps without a finite loss and gradients, whose updates were left out."""
+    return int(state.opt_state.notfinite_count)
 
 
 class _Stop:
@@ -346,11 +369,12 @@ class _Stop:
     #: which a dense phase before this one must not have used up.
     looks = itertools.count(1)
 
-    def look(self) -> None:
+    def look(self) -> bool:
         """Asks whether any of several processes got the signal; all are told at the same step."""
         number = next(self.looks)
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
             self.requested = True
+        return self.requested
 
 
 @contextmanager
@@ -369,6 +393,13 @@ def _stop_on_sigterm() -> Iterator[_Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _was_evaluated(workdir: Path, step: int) -> bool:
+    """Whether the model was evaluated after a step, as process 0 has it."""
+    rows = read_metrics(workdir)
+    found = any(row.get("step") == step and "validation_loss" in row for row in rows)
+    return bool(of_all(found)[0])
 
 
 def _settled(config: ConfigDict, step: int) -> bool:

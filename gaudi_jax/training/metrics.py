@@ -4,7 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,6 @@ class MetricLog:
     """
 
     def __init__(self, workdir: str | Path, resumed_from: int | None = None):
-        from tensorboardX import SummaryWriter  # slow to import
-
         if not is_primary():
             return
         self._path = Path(workdir) / METRICS_FILE
@@ -64,31 +63,62 @@ class MetricLog:
         write_atomically(self._path, "".join(map(_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
         # What a killed run wrote after its last checkpoint disappears from the curves.
-        self._writer = SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=(resumed_from or 0) + 1
-        )
+        self._curves = _Curves(Path(workdir) / "tensorboard", hidden_from=(resumed_from or 0) + 1)
 
     def __enter__(self) -> "MetricLog":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if is_primary():
-            self._file.close()
-            self._writer.close()
+            # After an error, that the rest cannot be written either is no news.
+            with suppress(OSError) if kind else self._naming_the_file():
+                self._file.close()
+                self._curves.close()
 
     def write(self, row: Row) -> None:
         """Writes a row; its numbers become TensorBoard scalars at its "step"."""
         if not is_primary():
             return
-        try:
+        with self._naming_the_file():
             self._file.write(_line(row))
             self._file.flush()
+            self._curves.write(row)
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Python does not tell which file cannot be written, once it is open."""
+        try:
+            yield
         except OSError as error:
-            error.filename = str(self._path)  # which Python does not tell when writing
+            error.filename = error.filename or str(self._path)
             raise
+
+
+class _Curves:
+    """TensorBoard events, written at once: a thread that finds a full disk could tell nobody."""
+
+    def __init__(self, folder: Path, hidden_from: int):
+        # Slow to import.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(step=hidden_from, session_log=start))
+
+    def write(self, row: Row) -> None:
         for name, value in row.items():
             if name != "step" and math.isfinite(value):
-                self._writer.add_scalar(name, value, row["step"])
+                scalar = self._scalar(name, value)
+                event = self._event(wall_time=time.time(), step=row["step"], summary=scalar)
+                self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(workdir: str | Path) -> list[Row]:

@@ -67,6 +67,7 @@ def start_processes(options: ConfigDict) -> None:
             coordinator_address=address or None,
             num_processes=count if address else None,
             process_id=own if address else None,
+            local_device_ids=_own_devices() if address else None,
             heartbeat_timeout_seconds=options.heartbeat_timeout_seconds,
         )
     # JAX raises many kinds of errors, from gRPC's to those of metadata servers.
@@ -75,6 +76,16 @@ def start_processes(options: ConfigDict) -> None:
             f"the processes of this run do not find each other ({reason(error)}); check "
             "distributed.coordinator_address and that all of them are started"
         ) from error
+
+
+def _own_devices() -> list[int] | None:
+    """The device of one of several processes on a host; JAX knows it where it knows the launcher.
+
+    It does not know Open MPI 5.
+    """
+    if int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1:
+        return [int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"])]
+    return None
 
 
 def _on_tpu() -> bool:

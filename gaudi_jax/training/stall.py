@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,15 +109,15 @@ class StallWatch:
 
     def _look_again_and_again(self) -> None:
         while not self._end.wait(self._limit / LOOKS):
-            try:
-                doing = self._doing._replace(heard=time.time())
+            doing = self._doing._replace(heard=time.time())
+            with suppress(OSError):  # a disk that is full: training itself will tell
                 write_atomically(self._file(jax.process_index()), json.dumps(doing))
-                for line in self.stalled() if is_primary() else ():
-                    log.warning("%s", line)
-            except OSError:  # a disk that is full: training itself will tell
-                continue
+            for line in self.stalled() if is_primary() else ():
+                log.warning("%s", line)
 
     def _read(self, number: int) -> Doing | None:
+        if number == jax.process_index():
+            return self._doing._replace(heard=time.time())
         try:
             return Doing(*json.loads(self._file(number).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):  # not there yet

@@ -140,6 +140,9 @@ def make_train_step(
         (loss, results), gradients = mean_over_parts(
             lambda *part: gradients_of(state.params, *part), batch, key, accumulate
         )
+        # The optimizer skips what is not finite; an infinite loss may have finite gradients.
+        finite = jnp.isfinite(loss)
+        gradients = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         model = nnx.merge(graphdef, params, state.other)

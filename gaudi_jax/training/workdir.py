@@ -19,6 +19,9 @@ NOT_PART_OF_A_RUN = (
     "train.eval_every",
     "train.max_skipped",
     "train.stall_seconds",
+    # How a step is computed: the remedies for too little memory.
+    "train.accumulate",
+    "model.remat",
     "checkpoint.every",
     "checkpoint.keep",
     "profile.first",

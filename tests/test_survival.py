@@ -1,0 +1,272 @@
+"""What befalls a run: signals, numbers that are not finite, disks and devices without room."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from gaudi_jax.data.images import load_images
+from gaudi_jax.data.pipeline import train_batches
+from gaudi_jax.errors import exit_status
+from gaudi_jax.training import loop
+from gaudi_jax.training.checkpoint import Checkpointer
+from gaudi_jax.training.image_task import ImageTask
+from gaudi_jax.training.metrics import MetricLog, read_metrics
+from gaudi_jax.training.stall import StallWatch
+from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
+from tests.test_checkpoint import abstract, make_state, restore, saved  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[1]
+HUGE = 1e4
+
+
+def steps_saved(workdir):
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def infinite_at(monkeypatch, *steps):
+    """The loss of these steps is infinite, and its gradients are finite."""
+    put_batch, loss = loop.put_batch, ImageTask.loss
+    reads = iter(range(1, 1000))
+
+    def marked(batch, mesh):
+        placed = put_batch(batch, mesh)
+        if "weight" not in batch:  # a batch of training
+            scale = HUGE if next(reads) in steps else 1.0
+            placed["image"] = placed["image"].astype(jnp.float32) * scale
+        return placed
+
+    def infinite_where_marked(self, model, batch, key):
+        value, metrics = loss(self, model, batch, key)
+        return value + jnp.where(batch["image"].max() > HUGE, jnp.inf, 0.0), metrics
+
+    monkeypatch.setattr(loop, "put_batch", marked)
+    monkeypatch.setattr(ImageTask, "loss", infinite_where_marked)
+
+
+def config_of_single_steps(**train):
+    config = tiny_config()
+    config.train.update(log_every=1, **train)
+    config.checkpoint.update(every=1, keep=9)
+    return config
+
+
+def test_a_step_with_an_infinite_loss_is_skipped(tmp_path, monkeypatch):
+    infinite_at(monkeypatch, 3)
+    assert loop.train(config_of_single_steps(), tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if "train_loss" in row]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [row["train_loss"] == np.inf for row in rows] == [False, False, True, *[False] * 5]
+    assert steps_saved(tmp_path) == [1, 2, 4, 5, 6, 7, 8]
+
+
+def test_a_checkpoint_that_falls_on_a_skipped_step_is_made_up_for(tmp_path, monkeypatch):
+    infinite_at(monkeypatch, 4)
+    config = tiny_config()
+    config.checkpoint.update(every=4, keep=9)
+    assert loop.train(config, tmp_path)
+    assert steps_saved(tmp_path) == [5, 8]
+
+
+def test_a_last_step_without_a_finite_loss_ends_the_run_well(tmp_path, monkeypatch):
+    infinite_at(monkeypatch, 8)
+    assert loop.train(config_of_single_steps(), tmp_path)
+    assert steps_saved(tmp_path)[-1] == 8
+    before, after = parameters(tmp_path, 7), parameters(tmp_path, 8)
+    assert_same(after, before)
+
+
+def test_a_run_that_is_stopped_on_a_skipped_step_saves(tmp_path, monkeypatch):
+    infinite_at(monkeypatch, 3)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert not loop.train(tiny_config(), tmp_path)
+    assert steps_saved(tmp_path) == [2, 3]
+
+
+def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(tmp_path, monkeypatch):
+    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+    config = tiny_config()
+    config.controller.end = 0.25  # from step 2 on the cost has settled, and results are scores
+    config.checkpoint.keep = 9
+    assert loop.train(config, calm)
+    through = StallWatch.through
+
+    def killed_at_the_first(self, items, step, what):
+        for item in through(self, items, step, what):
+            yield item
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StallWatch, "through", killed_at_the_first)
+        assert not loop.train(config, disturbed)
+    assert steps_saved(disturbed)[-1] == 4
+    assert not any("validation_loss" in row for row in read_metrics(disturbed))
+    assert loop.train(config, disturbed)
+    rows = [row for row in rows_without_time(disturbed) if "resumed_from" not in row]
+    assert rows == rows_without_time(calm)
+    assert_same(parameters(disturbed), parameters(calm))
+    scores = []
+    for workdir in (calm, disturbed):
+        with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
+            scores.append(checkpoints._scores)
+    assert scores[0][4] == scores[1][4] > -np.inf
+
+
+def test_a_signal_before_the_last_evaluation_leaves_it_to_the_next_start(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        assert not loop.train(tiny_config(), tmp_path)
+    assert steps_saved(tmp_path)[-1] == 8
+    assert loop.train(tiny_config(), tmp_path)
+    assert any(row.get("step") == 8 and "validation_loss" in row for row in read_metrics(tmp_path))
+
+
+def test_a_score_that_is_given_later_counts(saved):  # noqa: F811
+    with Checkpointer(saved, keep=3) as checkpoints:
+        checkpoints.rate(2, 0.5)
+        checkpoints.save(4, make_state(4), score=0.1)
+    assert restore(saved, step="best").step == 2
+
+
+def test_what_the_system_could_not_read_is_read_again(saved, monkeypatch, caplog):  # noqa: F811
+    read, failures = Checkpointer._read, iter([OSError(errno.EMFILE, "Too many open files")])
+
+    def failing_once(self, *arguments):
+        if error := next(failures, None):
+            raise error
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Checkpointer, "_read", failing_once)
+    with Checkpointer(saved) as checkpoints:
+        assert checkpoints.restore(abstract(make_state(0))).step == 3
+    assert "Too many open files; reading it again" in caplog.text
+    assert not list(saved.glob("*.damaged"))
+
+
+def test_a_full_disk_is_told_when_curves_are_written(tmp_path):
+    log = MetricLog(tmp_path)
+    with open("/dev/full", "wb", buffering=0) as full:
+        log._curves._writer._py_recordio_writer._writer = full
+        with pytest.raises(OSError, match="No space left") as caught:
+            log.write({"step": 1, "train_loss": 0.5})
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def test_the_watch_warns_where_nothing_can_be_written(tmp_path, caplog, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gaudi_jax.training.stall.write_atomically", fail)
+    with StallWatch(tmp_path, 0.2) as watch:
+        watch.note(3, "reading data")
+        end = time.monotonic() + 20
+        while "reading data at step 3" not in caplog.text and time.monotonic() < end:
+            time.sleep(0.05)
+    assert "the run has been reading data at step 3" in caplog.text
+
+
+def test_a_device_without_room_is_one_sentence(capsys):
+    def too_much():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    assert exit_status(too_much) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: a device has too little memory")
+    assert printed.count("\n") == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        exit_status(lambda: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: else")))
+
+
+def read_a_batch_and_die(pipe):
+    iterator = train_batches(
+        load_images("digits").train, batch_size=8, image_size=8, seed=0, workers=2
+    )
+    next(iterator)
+    pipe.send([process.pid for process in multiprocessing.active_children()])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_run_that_is_killed():
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=read_a_batch_and_die, args=(theirs,))
+    process.start()
+    workers = ours.recv()
+    process.join()
+    assert len(workers) == 2
+    end = time.monotonic() + 20
+    while any(map(is_running, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_running, workers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_all_processes_of_a_job_saves(processes, tmp_path):
+    """Images are large, so that the run waits for its workers when the signal comes."""
+    for number in range(64):
+        path = tmp_path / "images" / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (300, 400, 3), np.uint8)
+        Image.fromarray(noise).save(path)
+    workdir = tmp_path / "run"
+    options = [
+        "--config=configs/digits_vit_gaudi.py:smoke",
+        f"--config.data.name=folder:{tmp_path / 'images'}",
+        "--config.data.workers=2",
+        "--config.data.batch_size=32",
+        "--config.data.rand_augment=9.0",
+        "--config.train.steps=100000",
+        "--config.train.log_every=1",
+        "--config.train.eval_every=100000",
+        "--config.checkpoint.every=100000",
+        f"--workdir={workdir}",
+    ]
+    if processes > 1:
+        options += [
+            "--config.distributed.coordinator_address=localhost:12391",
+            f"--config.distributed.num_processes={processes}",
+        ]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "main.py", *options]
+            + [f"--config.distributed.process_id={number}"] * (processes > 1),
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for number in range(processes)
+    ]
+    while all(run.poll() is None for run in runs) and len(read_metrics(workdir)) < 3:
+        time.sleep(0.05)
+    for run in runs:
+        os.killpg(run.pid, signal.SIGTERM)
+    printed = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0] * processes, printed
+    assert "run it again to continue" in printed[0]
+    assert not any("Traceback" in text for text in printed)
+    assert len(steps_saved(workdir)) == 1
