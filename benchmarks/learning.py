@@ -218,7 +218,7 @@ def paired_table(rows: Sequence[Row]) -> str:
             )
             seeds = sorted(ours.keys() & theirs.keys())
             cells = [
-                _with_error([float(theirs[s][m]) - float(ours[s][m]) for s in seeds], 4)
+                with_error([float(theirs[s][m]) - float(ours[s][m]) for s in seeds], 4)
                 for m in measures
             ]
             if seeds:
@@ -230,10 +230,10 @@ def paired_table(rows: Sequence[Row]) -> str:
 def _mean(rows: Sequence[Row], column: str) -> str:
     """Mean and standard error."""
     values = [float(row[column]) for row in rows]
-    return _with_error(values, 0 if column == "seconds" else 4)
+    return with_error(values, 0 if column == "seconds" else 4)
 
 
-def _with_error(numbers: Sequence[float], digits: int) -> str:
+def with_error(numbers: Sequence[float], digits: int) -> str:
     values = np.array(numbers)
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"

@@ -1,0 +1,147 @@
+"""What each choice of the method is worth, one at a time, on digits at a quarter of the cost.
+
+    python benchmarks/ablation.py [--seeds 2] [--methods WORD ...]
+
+Trains every variant through ``main.py``, two runs at a time with one core each. Finished runs are
+kept in ``benchmarks/results/ablation.csv`` and not repeated. Prints a table: validation and test
+results with hard masks, what soft masks give, cost. The choices that
+``benchmarks/learning.py`` compares (structures frozen at random, controller only, uneven budgets,
+the time of the search) are not repeated here.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from learning import tasks, with_error
+from runs import RESULTS, Row, Table, block_cost, run_all, train
+from tabulate import tabulate
+
+BUDGET = 0.25
+PARTS = ("attention", "mlp")
+COLUMNS = (
+    *("group", "variant", "seed", "seconds", "cost"),
+    *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"),
+    *("test_loss_soft", "test_accuracy_soft"),
+)
+FINISHED = Table(RESULTS / "ablation.csv", COLUMNS)
+
+
+def of_layers(**options: object) -> tuple[str, ...]:
+    return tuple(
+        f"--config.layer.{part}.{name}={value}" for part in PARTS for name, value in options.items()
+    )
+
+
+def variants() -> dict[tuple[str, str], tuple[str, tuple[str, ...]]]:
+    """Arguments of the config and options, by what is changed and to what."""
+    target, strength = tasks("")["digits"].paper_targets[BUDGET], 1.0
+    paper = (f"--config.controller.target={target}",)
+    scratch, search = f"recipe=budget,budget={BUDGET}", f"recipe=search,budget={BUDGET}"
+    found: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
+        ("published recipe", "as it is: sigma 1 to 100"): ("recipe=paper", paper),
+        ("published recipe", "sigma 100"): (
+            "recipe=paper",
+            (*paper, "--config.sigma.start=100.0", *of_layers(sigma=100.0)),
+        ),
+        ("published recipe", "sigma infinite"): (
+            "recipe=paper",
+            (
+                *paper,
+                *("--config.sigma.start=inf", "--config.sigma.end=inf"),
+                *of_layers(sigma="inf"),
+            ),
+        ),
+    }
+    for factor in (0.25, 4.0):
+        found["published recipe", f"lambda {strength * factor:g} instead of {strength:g}"] = (
+            "recipe=paper",
+            (*paper, f"--config.controller.strength={strength * factor}"),
+        )
+    for factor in (0.5, 2.0):
+        found["published recipe", f"target {target * factor:g} instead of {target:g}"] = (
+            "recipe=paper",
+            (f"--config.controller.target={target * factor}",),
+        )
+    group = "budget recipe"
+    found |= {
+        (group, "as it is: rank 1, grid 1, split, spaced"): (scratch, ()),
+        (group, "rank 4"): (scratch, of_layers(rank=4)),
+        (group, "grid of 12 features"): (scratch, of_layers(granularity=12)),
+        (group, "starts as the truncated SVD"): (scratch, of_layers(widths="leading")),
+        (group, "starts at random intervals"): (
+            scratch,
+            of_layers(widths="random", locations="random"),
+        ),
+        (group, "all blocks start at 0"): (scratch, of_layers(locations="zero")),
+        (group, "derivatives not smoothed"): (scratch, of_layers(backward_smoothing=0.0)),
+        (group, "no floors of layers"): (scratch, ("--config.controller.floor=0.0",)),
+    }
+    group = "search recipe"
+    found |= {
+        (group, "as it is: rank 1, grid 1, half dense"): (search, ()),
+        (group, "rank 4"): (search, ("--config.compress.rank=4",)),
+        (group, "dense for a tenth"): (search, (f"--config.compress.stages=((0.1,{BUDGET}),)",)),
+        (group, "not aware of activations"): (search, ("--config.compress.calibration_batches=0",)),
+    }
+    return found
+
+
+def run(group: str, variant: str, seed: int) -> Row:
+    task = tasks("")["digits"]
+    arguments, options = variants()[group, variant]
+    summary = train(f"{task.config}{arguments}", (*task.options, f"--config.seed={seed}", *options))
+    return {
+        "group": group,
+        "variant": variant,
+        "seed": seed,
+        "seconds": summary["seconds"],
+        "cost": block_cost(summary),
+        **{f"validation_{name}": summary[f"validation_{name}"] for name in ("loss", "accuracy")},
+        **{f"test_{name}": summary[f"test_{name}_hard"] for name in ("loss", "accuracy")},
+        **{f"test_{name}_soft": summary[f"test_{name}_soft"] for name in ("loss", "accuracy")},
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = []
+    for group, variant in variants():
+        chosen = [row for row in rows if (row["group"], row["variant"]) == (group, variant)]
+        if not chosen:
+            continue
+        cells = [
+            with_error([float(row[column]) for row in chosen], digits)
+            for column, digits in {
+                "cost": 3,
+                "validation_accuracy": 4,
+                "test_accuracy": 4,
+                "test_loss": 4,
+                "test_loss_soft": 4,
+            }.items()
+        ]
+        lines.append((group, variant, len(chosen), *cells))
+    headers = (
+        *("", "", "seeds", "cost", "validation accuracy"),
+        *("test accuracy", "test loss", "with soft masks"),
+    )
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
+    done = {(row["group"], row["variant"], int(row["seed"])) for row in FINISHED.rows()}
+    jobs = [
+        (group, variant, seed)
+        for seed in range(args.seeds)
+        for group, variant in variants()
+        if any(word in f"{group}: {variant}" for word in args.methods)
+        and (group, variant, seed) not in done
+    ]
+    run_all(jobs, run, FINISHED)
+    print(table(FINISHED.rows()))
+
+
+if __name__ == "__main__":
+    main()
