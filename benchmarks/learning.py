@@ -1,6 +1,6 @@
 """What learned structure is worth: methods x budgets x seeds on several tasks.
 
-    python benchmarks/learning.py --text shakespeare.txt [--tasks digits shakespeare]
+    python benchmarks/learning.py --text shakespeare.txt [--tasks digits shakespeare docs]
         [--methods WORD ...] [--budgets 0.25 0.125] [--seeds 5]
     python benchmarks/learning.py --quick
 
@@ -59,6 +59,7 @@ class Task(NamedTuple):
 
 
 def tasks(text: str) -> dict[str, Task]:
+    text_parts = {"attention": 3 / 4, "attention_out": 1 / 2, "mlp": 4 / 5}
     return {
         "digits": Task(
             "digits_vit_gaudi.py:",
@@ -75,7 +76,16 @@ def tasks(text: str) -> dict[str, Task]:
             128,
             "loss",
             {0.25: 0.15, 0.125: 0.08},
-            {"attention": 3 / 4, "attention_out": 1 / 2, "mlp": 4 / 5},
+            text_parts,
+            (1e-3, 1e-4),
+        ),
+        "docs": Task(
+            "docs_gpt_gaudi.py:",
+            (),
+            128,
+            "loss",
+            {0.25: 0.15, 0.125: 0.08},
+            text_parts,
             (1e-3, 1e-4),
         ),
     }
@@ -264,7 +274,7 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", default="shakespeare.txt", help="path of tinyshakespeare")
-    parser.add_argument("--tasks", nargs="+", default=["digits", "shakespeare"])
+    parser.add_argument("--tasks", nargs="+", default=["digits", "shakespeare", "docs"])
     parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--seeds", type=int, default=5)

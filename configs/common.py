@@ -136,7 +136,7 @@ def base_config() -> ConfigDict:
             "rank": 1,
             "granularity": 1,
             # Parts of each axis for monarch, blast and block_sparse; None for 4, 4 and 16.
-            "grid": config_dict.placeholder(int),
+            "blocks": config_dict.placeholder(int),
             "calibration_batches": 0,  # of training examples whose outputs are kept; 0 for none
             "rounds": 40,  # effort
         }

@@ -239,7 +239,7 @@ def test_moments_follow_the_chain_rule(method):
 @pytest.mark.parametrize("method", ["monarch", "blast", "block_sparse"])
 def test_moments_of_layers_on_a_grid_follow_the_chain_rule(method):
     dense = nnx.Linear(8, 12, rngs=nnx.Rngs(0))
-    layer, _ = gaudi_jax.compress(dense, 0.75, method=method, grid=2, progress=False)
+    layer, _ = gaudi_jax.compress(dense, 0.75, method=method, blocks=2, progress=False)
     gradient, square = jax.random.uniform(jax.random.key(1), (2, 8, 12))
     known = {("kernel",): gradient}, {("kernel",): square}
     carried = carry_moments(Moments(jnp.int32(7), *known), layer)

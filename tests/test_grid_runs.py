@@ -27,11 +27,16 @@ OPTIONS = {"budget": 0.5, "rules": [{"pattern": "head", "method": "skip"}, {"pat
 @pytest.mark.parametrize("method", GRID_LAYERS)
 def test_compressed_models_and_their_rebuilt_structure(method):
     encoder, x = Encoder(nnx.Rngs(0)), tokens()
-    grid = 8 if method == "block_sparse" else 2
+    blocks = 8 if method == "block_sparse" else 2
     errors = {}
     for calibration in (None, [x]):
         small, plan = gaudi_jax.compress(
-            encoder, **OPTIONS, method=method, grid=grid, calibration=calibration, progress=False
+            encoder,
+            **OPTIONS,
+            method=method,
+            blocks=blocks,
+            calibration=calibration,
+            progress=False,
         )
         entries = plan["layers"].values()
         assert all(0.4 < e["multiplications"] / e["dense_multiplications"] <= 0.5 for e in entries)
@@ -45,7 +50,9 @@ def test_compressed_models_and_their_rebuilt_structure(method):
     entry, dense = plan["layers"]["layers/0/mlp/layers/3"], encoder.layers[0].mlp.layers[3]
     layer = small.layers[0].mlp.layers[3]
     assert entry["multiplications"] == int(layer.multiplications())
-    assert (entry["rank"], entry["num_blocks"]) == (layer.rank, layer.blocks) == (layer.rank, grid)
+    assert (
+        (entry["rank"], entry["num_blocks"]) == (layer.rank, layer.blocks) == (layer.rank, blocks)
+    )
     error = jnp.linalg.norm(layer.kernel() - dense.kernel[...]) / jnp.linalg.norm(dense.kernel[...])
     assert entry["error"] == pytest.approx(float(error), rel=1e-4)
     # What the outputs miss on average goes into the bias.
@@ -63,7 +70,7 @@ def test_compressed_models_and_their_rebuilt_structure(method):
 @pytest.mark.parametrize("method", GRID_LAYERS)
 def test_factors_of_bfloat16_models_are_rounded(method):
     dense = nnx.Linear(WIDTH, WIDTH, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    small, plan = gaudi_jax.compress(dense, 0.75, method=method, grid=2, progress=False)
+    small, plan = gaudi_jax.compress(dense, 0.75, method=method, blocks=2, progress=False)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(small))} == {jnp.dtype("bfloat16")}
     for _, variable in nnx.to_flat_state(nnx.state(small)):
         variable.set_value(variable[...].astype(jnp.float32))
@@ -79,8 +86,8 @@ def test_a_budget_too_small_for_a_grid_is_named_before_any_work():
     dense = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match=r"budget=0.3 of layer '' is less than 0.5, the least"):
         gaudi_jax.compress(dense, 0.3, method="monarch", progress=False)
-    with pytest.raises(UserError, match="grid=0 must be a whole number"):
-        gaudi_jax.compress(dense, 0.3, method="blast", grid=0, progress=False)
+    with pytest.raises(UserError, match="blocks=0 must be a whole number"):
+        gaudi_jax.compress(dense, 0.3, method="blast", blocks=0, progress=False)
 
 
 @pytest.mark.parametrize("name", GRID_LAYERS)
@@ -89,9 +96,9 @@ def test_a_dense_global_budget_is_shared_by_singular_values(name):
     model = nnx.Sequential(nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 16, rngs=rngs))
     simple = model.layers[1].kernel
     simple[...] = jnp.outer(simple[:, 0], simple[0])
-    grid = 4 if name == "block_sparse" else 2
+    blocks = 4 if name == "block_sparse" else 2
     _, plan = gaudi_jax.compress(
-        model, 0.6, method=name, grid=grid, allocation="global", progress=False
+        model, 0.6, method=name, blocks=blocks, allocation="global", progress=False
     )
     costs = [entry["multiplications"] for entry in plan["layers"].values()]
     assert costs[0] > costs[1]
@@ -175,7 +182,7 @@ def test_blocks_are_split_over_devices():
 @pytest.mark.parametrize("lost", ["diagonals", "num_blocks", "rank"])
 def test_damaged_plans_are_named(lost):
     model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-    _, plan = gaudi_jax.compress(model, 0.5, method="block_sparse", grid=4, progress=False)
+    _, plan = gaudi_jax.compress(model, 0.5, method="block_sparse", blocks=4, progress=False)
     plan["layers"]["layers/0"][lost] = None
     with pytest.raises(UserError, match=f"needs whole numbers of {lost}"):
         gaudi_jax.rebuild(model, plan)
@@ -184,6 +191,6 @@ def test_damaged_plans_are_named(lost):
 @pytest.mark.parametrize("method", GRID_LAYERS)
 def test_a_whole_budget_is_exact(method):
     model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-    _, plan = gaudi_jax.compress(model, 1.0, method=method, grid=4, progress=False)
+    _, plan = gaudi_jax.compress(model, 1.0, method=method, blocks=4, progress=False)
     assert plan["layers"]["layers/0"]["error"] < 1e-4
     assert plan["multiplications"] == 256

@@ -49,7 +49,7 @@ def compress(
     method: Method = "gaudi",
     rank: int = 1,
     granularity: int | tuple[int, int] = 1,
-    grid: int | None = None,
+    blocks: int | None = None,
     allocation: Allocation = "uniform",
     calibration: Iterable[Any] | None = None,
     rounds: int = ROUNDS,
@@ -81,7 +81,7 @@ def compress(
         rank: columns of each block.
         granularity: grid cell of the blocks' intervals in features: a number, or a pair (input,
             output). Each axis takes its largest divisor not above it.
-        grid: parts of each axis for "monarch", "blast" and "block_sparse": the largest number not
+        blocks: parts of each axis for "monarch", "blast" and "block_sparse": the largest number not
             above it that divides both axes of a layer is taken (for "block_sparse" a power of two);
             None for 4, 4 and 16.
         allocation: "uniform" gives each layer the same fraction. "global" spends the same total
@@ -125,7 +125,7 @@ def compress(
         method=method,
         rank=rank,
         granularity=granularity,
-        grid=grid,
+        blocks=blocks,
         allocation=allocation,
     )
     for path in choices:
@@ -213,7 +213,7 @@ def choose_layers(
     method: Method,
     rank: int,
     granularity: int | tuple[int, int],
-    grid: int | None,
+    blocks: int | None,
     allocation: Allocation,
 ) -> Chosen:
     """Finds what `compress` would do to each layer, and checks its options.
@@ -225,7 +225,7 @@ def choose_layers(
         method: see there.
         rank: see there.
         granularity: see there.
-        grid: see there.
+        blocks: see there.
         allocation: see there.
 
     Raises:
@@ -234,7 +234,7 @@ def choose_layers(
     if allocation not in get_args(Allocation):
         raise UserError(f"unknown allocation {allocation!r}; use 'uniform' or 'global'")
     network, ordered = _budget_and_rules(budget, rules)
-    default = Rule(".*", method, network, rank, granularity, grid)
+    default = Rule(".*", method, network, rank, granularity, blocks)
     dense, left = find_dense(model)
     shapes = {path: matrix_shape(module) for path, module in dense.items()}
     choices, passed_over = choose(ordered, default, shapes, left)

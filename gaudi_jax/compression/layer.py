@@ -129,9 +129,9 @@ class Layer:
         return entry, values, _product(values["v"], values["u"])
 
     def _on_grid(self, kernel, moment, cost) -> Candidate:
-        method, grid = self.choice.method, cast(int, self.choice.grid)
-        options = GRID_LAYERS[method].affordable(*self.shape, grid, cost)
-        entry = self._entry(method, options["rank"], 0, grid, None)
+        method, blocks = self.choice.method, cast(int, self.choice.blocks)
+        options = GRID_LAYERS[method].affordable(*self.shape, blocks, cost)
+        entry = self._entry(method, options["rank"], 0, blocks, None)
         if "diagonals" in options:
             entry["diagonals"] = options["diagonals"]
         layer = structure(self.module, entry)

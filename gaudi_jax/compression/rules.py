@@ -33,7 +33,7 @@ class Rule:
         rank: columns of each block, at least 1.
         granularity: grid cell of the blocks' intervals in features: a number, or a pair (input
             axis, output axis). Each axis takes its largest divisor not above it.
-        grid: parts of each axis for "monarch", "blast" and "block_sparse": the largest number not
+        blocks: parts of each axis for "monarch", "blast" and "block_sparse": the largest number not
             above it that divides both is taken.
 
     Raises:
@@ -50,7 +50,7 @@ class Rule:
     budget: float | None = None
     rank: int | None = None
     granularity: int | tuple[int, int] | None = None
-    grid: int | None = None
+    blocks: int | None = None
 
     def __post_init__(self):
         """Checks the fields."""
@@ -60,7 +60,7 @@ class Rule:
             raise UserError(
                 f"rule pattern {self.pattern!r} is no regular expression ({error}); mend it"
             ) from None
-        for name in ("budget", "rank", "granularity", "grid"):
+        for name in ("budget", "rank", "granularity", "blocks"):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple | list) else [value]
             if any(isinstance(n, bool) or not isinstance(n, Real | None) for n in numbers):
@@ -73,7 +73,7 @@ class Rule:
             raise UserError(
                 f"budget={self.budget} must be a positive fraction of in·out, such as 0.3"
             )
-        for name in ("rank", "grid"):
+        for name in ("rank", "blocks"):
             number = getattr(self, name)
             if number is not None and (number < 1 or number % 1):
                 raise UserError(f"{name}={number} must be a whole number, at least 1")
@@ -102,15 +102,15 @@ class Choice:
     budget: float | None
     rank: int
     granularity: tuple[int, int]
-    grid: int | None = None
+    blocks: int | None = None
 
     def least(self, shape: Shape) -> int:
         """The fewest multiplications with which the layer can be made."""
         n, m = shape
         if self.method == "low_rank":
             return min(n + m, n * m)
-        if self.grid is not None:
-            return GRID_LAYERS[self.method].least(n, m, self.grid)
+        if self.blocks is not None:
+            return GRID_LAYERS[self.method].least(n, m, self.blocks)
         cell_in, cell_out = self.granularity
         return min(self.rank * (cell_in + cell_out), cell_in * cell_out)
 
@@ -195,13 +195,14 @@ def _as_rule(mapping: Any) -> Rule:
 
 
 def _choice(path: str, shape: Shape, rule: Rule, default: Rule) -> Choice:
-    method, rank, granularity, grid = (
+    method, rank, granularity, blocks = (
         getattr(default, name) if getattr(rule, name) is None else getattr(rule, name)
-        for name in ("method", "rank", "granularity", "grid")
+        for name in ("method", "rank", "granularity", "blocks")
     )
     if method in GRID_LAYERS:
-        grid = GRID_LAYERS[method].fitting_blocks(*shape, None if grid is None else int(grid))
-        return Choice(method, rule.budget, 1, (1, 1), grid)
+        wanted = None if blocks is None else int(blocks)
+        blocks = GRID_LAYERS[method].fitting_blocks(*shape, wanted)
+        return Choice(method, rule.budget, 1, (1, 1), blocks)
     if method != "low_rank" and rank > min(shape):
         raise UserError(
             f"rank={rank} is too large for layer {path!r} of {shape[0]}x{shape[1]}; give it a rule "

@@ -42,10 +42,10 @@ def butterfly_pattern(groups: int, diagonals: int) -> np.ndarray:
     return np.arange(groups)[:, None] ^ np.array(distances)
 
 
-@partial(jax.jit, static_argnames=("groups", "diagonals", "rank"))
+@partial(jax.jit, static_argnames=("blocks", "diagonals", "rank"))
 def block_sparse_factors(
     kernel: Float[Array, "in out"],
-    groups: int,
+    blocks: int,
     diagonals: int,
     rank: int,
     second_moment: Float[Array, "in in"] | None = None,
@@ -61,7 +61,7 @@ def block_sparse_factors(
 
     Args:
         kernel: dense kernel W, shape (in, out).
-        groups: parts of each axis; a power of two that divides both.
+        blocks: parts of each axis; a power of two that divides both.
         diagonals: blocks that each group of outputs has (`butterfly_pattern`).
         rank: of the low-rank part, at most min(in, out).
         second_moment: C = E[x xᵀ] of the inputs, shape (in, in), to make ``E|x (W - kernel)|²``
@@ -70,20 +70,20 @@ def block_sparse_factors(
 
     Returns:
         v of shape (rank, in), u of shape (rank, out), and the blocks, shape
-        (groups, diagonals, in / groups, out / groups), in the order of the pattern.
+        (blocks, diagonals, in / blocks, out / blocks), in the order of the pattern.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from gaudi_jax.decomposition.block_sparse import (
         ...     block_sparse_factors, block_sparse_kernel)
         >>> kernel = jnp.eye(8) + 1
-        >>> parts = block_sparse_factors(kernel, groups=4, diagonals=1, rank=1)
+        >>> parts = block_sparse_factors(kernel, blocks=4, diagonals=1, rank=1)
         >>> bool(jnp.allclose(block_sparse_kernel(*parts), kernel, atol=1e-3))
         True
     """
     kernel = kernel.astype(jnp.float32)
     moment = None if second_moment is None else regularise(second_moment.astype(jnp.float32))
-    pattern = butterfly_pattern(groups, diagonals)
+    pattern = butterfly_pattern(blocks, diagonals)
     blocks_of = _taking(pattern) if moment is None else _fitting(pattern, moment)
 
     def sweep(_: int, parts: Parts) -> Parts:
@@ -116,34 +116,34 @@ def block_sparse_kernel(
 
 def _scattered(sparse: Float[Array, "g d m o"]) -> Float[Array, "in out"]:
     """The blocks in their places, zero elsewhere."""
-    groups, diagonals, n, m = sparse.shape
-    dense = jnp.zeros((groups, groups, n, m), sparse.dtype)
-    columns = np.arange(groups)[:, None]
-    dense = dense.at[butterfly_pattern(groups, diagonals), columns].set(sparse)
-    return dense.swapaxes(1, 2).reshape(groups * n, groups * m)
+    blocks, diagonals, n, m = sparse.shape
+    dense = jnp.zeros((blocks, blocks, n, m), sparse.dtype)
+    columns = np.arange(blocks)[:, None]
+    dense = dense.at[butterfly_pattern(blocks, diagonals), columns].set(sparse)
+    return dense.swapaxes(1, 2).reshape(blocks * n, blocks * m)
 
 
 def _taking(pattern: np.ndarray) -> Callable[[Array], Array]:
     """Gives the parts of a matrix that lie on the pattern."""
-    groups = len(pattern)
+    blocks = len(pattern)
 
     def taken(matrix: Float[Array, "in out"]) -> Float[Array, "g d m o"]:
-        grid = matrix.reshape(groups, matrix.shape[0] // groups, groups, -1).swapaxes(1, 2)
-        return grid[pattern, np.arange(groups)[:, None]]
+        grid = matrix.reshape(blocks, matrix.shape[0] // blocks, blocks, -1).swapaxes(1, 2)
+        return grid[pattern, np.arange(blocks)[:, None]]
 
     return taken
 
 
 def _fitting(pattern: np.ndarray, moment: Float[Array, "in in"]) -> Callable[[Array], Array]:
     """Gives the blocks on the pattern whose outputs come closest to those of a matrix."""
-    groups, diagonals = pattern.shape
-    n = len(moment) // groups
-    read = (pattern[:, :, None] * n + np.arange(n)).reshape(groups, -1)
+    blocks, diagonals = pattern.shape
+    n = len(moment) // blocks
+    read = (pattern[:, :, None] * n + np.arange(n)).reshape(blocks, -1)
     roots = jnp.linalg.cholesky(moment[read[:, :, None], read[:, None, :]])
 
     def fitted(matrix: Float[Array, "in out"]) -> Float[Array, "g d m o"]:
-        targets = (moment @ matrix).reshape(len(moment), groups, -1).swapaxes(0, 1)
-        targets = targets[np.arange(groups)[:, None], read]
-        return jax.scipy.linalg.cho_solve((roots, True), targets).reshape(groups, diagonals, n, -1)
+        targets = (moment @ matrix).reshape(len(moment), blocks, -1).swapaxes(0, 1)
+        targets = targets[np.arange(blocks)[:, None], read]
+        return jax.scipy.linalg.cho_solve((roots, True), targets).reshape(blocks, diagonals, n, -1)
 
     return fitted

@@ -144,7 +144,7 @@ def _compress_options(config: ConfigDict) -> dict[str, Any]:
         "method": options.method,
         "rank": options.rank,
         "granularity": options.granularity,
-        "grid": options.grid,
+        "blocks": options.blocks,
         "allocation": options.allocation,
     }
 
