@@ -27,14 +27,14 @@ OPTIONS = {"budget": 0.5, "rules": [{"pattern": "head", "method": "skip"}, {"pat
 @pytest.mark.parametrize("method", GRID_LAYERS)
 def test_compressed_models_and_their_rebuilt_structure(method):
     encoder, x = Encoder(nnx.Rngs(0)), tokens()
-    blocks = 8 if method == "block_sparse" else 2
+    parts = 8 if method == "block_sparse" else 2
     errors = {}
     for calibration in (None, [x]):
         small, plan = gaudi_jax.compress(
             encoder,
             **OPTIONS,
             method=method,
-            blocks=blocks,
+            blocks=parts,
             calibration=calibration,
             progress=False,
         )
@@ -50,9 +50,7 @@ def test_compressed_models_and_their_rebuilt_structure(method):
     entry, dense = plan["layers"]["layers/0/mlp/layers/3"], encoder.layers[0].mlp.layers[3]
     layer = small.layers[0].mlp.layers[3]
     assert entry["multiplications"] == int(layer.multiplications())
-    assert (
-        (entry["rank"], entry["num_blocks"]) == (layer.rank, layer.blocks) == (layer.rank, blocks)
-    )
+    assert (entry["rank"], entry["num_blocks"]) == (layer.rank, layer.blocks) == (layer.rank, parts)
     error = jnp.linalg.norm(layer.kernel() - dense.kernel[...]) / jnp.linalg.norm(dense.kernel[...])
     assert entry["error"] == pytest.approx(float(error), rel=1e-4)
     # What the outputs miss on average goes into the bias.

@@ -95,7 +95,9 @@ def train_batches(
     )
     images = grain.MapDataset.source(as_pictures(source)).seed(seed).shuffle().repeat()
     examples = images.random_map(augment)
-    batches = batched(examples, batch_size, shard, drop_remainder=True)
+    batches = batched(
+        examples, batch_size, shard, drop_remainder=True, in_shared_memory=workers > 0
+    )
     return iter(_with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers))
 
 
@@ -137,7 +139,9 @@ def evaluation_batches(
     _check_shared_options(batch_size, image_size, workers)
     prepare = partial(_prepare, size=image_size, crop_fraction=crop_fraction)
     images = grain.MapDataset.source(as_pictures(source)).map(prepare)
-    batches = batched(images, batch_size, shard, drop_remainder=False)
+    batches = batched(
+        images, batch_size, shard, drop_remainder=False, in_shared_memory=workers > 0
+    )
     rows = part_size(batch_size, shard)
     for batch in _with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers):
         yield _padded(batch, rows)

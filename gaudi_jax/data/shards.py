@@ -44,9 +44,22 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def batched(
-    dataset: grain.MapDataset, batch_size: int, shard: Shard, *, drop_remainder: bool
+    dataset: grain.MapDataset,
+    batch_size: int,
+    shard: Shard,
+    *,
+    drop_remainder: bool,
+    in_shared_memory: bool = False,
 ) -> grain.MapDataset:
     """The batches of a data set, or one part of each.
+
+    Args:
+        dataset: examples.
+        batch_size: examples a batch, over all parts.
+        shard: number of the part, and number of parts.
+        drop_remainder: leave out a last batch that is not full.
+        in_shared_memory: stack examples where another process can read them, which saves a worker a
+            copy of every batch.
 
     Example:
         >>> import grain
@@ -57,4 +70,6 @@ def batched(
     """
     part, parts = shard
     batches = dataset.batch(part_size(batch_size, shard), drop_remainder=drop_remainder)
+    if in_shared_memory:
+        batches.enable_shared_memory_output()
     return batches.slice(slice(part, None, parts)) if parts > 1 else batches
