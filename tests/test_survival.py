@@ -17,7 +17,7 @@ from PIL import Image
 
 from gaudi_jax.data.images import load_images
 from gaudi_jax.data.pipeline import train_batches
-from gaudi_jax.errors import exit_status
+from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.training import loop
 from gaudi_jax.training.checkpoint import Checkpointer
 from gaudi_jax.training.image_task import ImageTask
@@ -156,6 +156,19 @@ def test_what_the_system_could_not_read_is_read_again(saved, monkeypatch, caplog
     assert not list(saved.glob("*.damaged"))
 
 
+def test_what_the_system_cannot_read_is_no_damage(saved, monkeypatch):  # noqa: F811
+    def failing(self, *_):
+        raise ValueError("RESOURCE_EXHAUSTED: Error opening 'd/1': Too many open files")
+
+    monkeypatch.setattr(Checkpointer, "_read", failing)
+    with (
+        Checkpointer(saved) as checkpoints,
+        pytest.raises(UserError, match=r"checkpoint 3 in .* cannot be read"),
+    ):
+        checkpoints.restore(abstract(make_state(0)))
+    assert not list(saved.glob("*.damaged"))
+
+
 def test_a_full_disk_is_told_when_curves_are_written(tmp_path):
     log = MetricLog(tmp_path)
     with open("/dev/full", "wb", buffering=0) as full:
@@ -223,8 +236,8 @@ def test_workers_end_with_a_run_that_is_killed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_all_processes_of_a_job_saves(processes, tmp_path):
+@pytest.mark.parametrize(("processes", "eval_every"), [(1, 100000), (2, 100000), (1, 1)])
+def test_sigterm_to_all_processes_of_a_job_saves(processes, eval_every, tmp_path):
     """Images are large, so that the run waits for its workers when the signal comes."""
     for number in range(64):
         path = tmp_path / "images" / "train" / "ab"[number % 2] / f"{number}.jpg"
@@ -240,7 +253,7 @@ def test_sigterm_to_all_processes_of_a_job_saves(processes, tmp_path):
         "--config.data.rand_augment=9.0",
         "--config.train.steps=100000",
         "--config.train.log_every=1",
-        "--config.train.eval_every=100000",
+        f"--config.train.eval_every={eval_every}",
         "--config.checkpoint.every=100000",
         f"--workdir={workdir}",
     ]

@@ -5,9 +5,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -18,6 +18,8 @@ from gaudi_jax.data.images import Example, ImageSource, as_pictures
 from gaudi_jax.data.rand_augment import GREATEST
 from gaudi_jax.data.shards import WHOLE, Shard, batched, part_size
 from gaudi_jax.errors import UserError
+
+Batch = TypeVar("Batch")
 
 #: Small images are made faster than threads hand them over; workers are there for large ones.
 _READ_OPTIONS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -139,11 +141,9 @@ def evaluation_batches(
     _check_shared_options(batch_size, image_size, workers)
     prepare = partial(_prepare, size=image_size, crop_fraction=crop_fraction)
     images = grain.MapDataset.source(as_pictures(source)).map(prepare)
-    batches = batched(
-        images, batch_size, shard, drop_remainder=False, in_shared_memory=workers > 0
-    )
+    batches = batched(images, batch_size, shard, drop_remainder=False, in_shared_memory=workers > 0)
     rows = part_size(batch_size, shard)
-    for batch in _with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers):
+    for batch in sheltered(_with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers)):
         yield _padded(batch, rows)
     # Every process gives a part of every batch, also where the images have come to their end.
     if len(batches) < math.ceil(len(source) / batch_size):
@@ -178,13 +178,30 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
     return dataset.mp_prefetch(options, worker_init_fn=_as_worker)
 
 
-def _as_worker(number: int, count: int) -> None:
-    """A worker lives as long as its run does.
+def sheltered(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches of an iterator whose workers outlive a SIGTERM.
 
-    SIGTERM often goes to all processes of a job at once: the run still needs its batches to make
-    its last step and to save. Of a run that is killed, workers would wait forever.
+    SIGTERM often goes to all processes of a job at once, and the run still needs its batches to
+    make its last step and to save. Grain starts workers when a batch is asked for; they inherit
+    that the signal is blocked then. The run itself gets it a moment later.
+
+    Args:
+        batches: their iterator, which is not closed.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    iterator = iter(batches)
+    while True:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield batch
+
+
+def _as_worker(number: int, count: int) -> None:
+    """A worker ends when its run is killed; it would wait forever."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,10 +1,12 @@
 """Checkpoints of a run: the whole training state, verified when it is read back."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import logging
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,10 @@ from gaudi_jax.training.workdir import write_atomically
 log = logging.getLogger(__name__)
 
 Leaves = dict[str, Any]
+SYSTEM_FAILURES = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE),
+    *(errno.EACCES, errno.EPERM, errno.ETIMEDOUT),
+)
 
 
 class Restored(NamedTuple):
@@ -263,7 +269,7 @@ class Checkpointer:
             wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
             try:
                 state, iterator_state = self._read_twice(candidate, wanted)
-            except UserError:
+            except (UserError, jax.errors.JaxRuntimeError):  # such as a device without room
                 raise
             # Orbax and tensorstore raise many kinds of errors for missing or damaged files.
             except Exception as error:
@@ -284,13 +290,23 @@ class Checkpointer:
         )
 
     def _read_twice(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        """As `_read`; what the system could not do may go well a moment later."""
+        """As `_read`; what the system could not do is no damage, and may go well a moment later."""
         try:
             return self._read(step, abstract)
-        except (OSError, MemoryError) as error:
+        except Exception as error:
+            if not _is_failure_of_the_system(error):
+                raise
             log.warning("checkpoint %d: %s; reading it again", step, _first_line(error))
-            time.sleep(1)
+        time.sleep(1)
+        try:
             return self._read(step, abstract)
+        except Exception as error:
+            if not _is_failure_of_the_system(error):
+                raise
+            raise UserError(
+                f"checkpoint {step} in {self._directory} cannot be read ({_first_line(error)}); "
+                "mend that and run again, or remove the checkpoint to go on from the one before"
+            ) from error
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """The state and the data iterator's state; any error but a UserError means damage."""
@@ -386,6 +402,14 @@ def _leaves(tree: Any) -> Leaves:
 
 def _placed(array: np.ndarray, sharding: Any) -> Array:
     return jnp.asarray(array) if sharding is None else place(array, sharding)
+
+
+def _is_failure_of_the_system(error: Exception) -> bool:
+    """Whether reading failed for another reason than what the files hold."""
+    # Tensorstore's errors tell the system's in words only.
+    return isinstance(error, MemoryError) or any(
+        os.strerror(code) in str(error) for code in SYSTEM_FAILURES
+    )
 
 
 def _first_line(error: Exception) -> str:

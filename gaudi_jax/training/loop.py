@@ -3,10 +3,9 @@
 import dataclasses
 import itertools
 import logging
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gaudi_jax.compression import densify
 from gaudi_jax.cost import cost
+from gaudi_jax.data.pipeline import sheltered
 from gaudi_jax.errors import UserError
 from gaudi_jax.training.checkpoint import Checkpointer, has_checkpoint
 from gaudi_jax.training.evaluate import evaluate_batches
@@ -58,6 +57,7 @@ from gaudi_jax.training.step import (
     split_model,
     state_layout,
 )
+from gaudi_jax.training.stop import Stop, stop_on_sigterm
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import check_workdir, claim_workdir
 
@@ -121,7 +121,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
     with (
         closing(iterator),  # ends its processes, also when one of them raised an error
         Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
-        _stop_on_sigterm() as stop,
+        stop_on_sigterm() as stop,
     ):
         # ---- resume from the newest checkpoint, with the structure that it was saved with --------
         restored = checkpoints.restore(
@@ -236,10 +236,11 @@ class _Run:
     progress: Progress
     watch: StallWatch
     trace: StepTrace
-    stop: "_Stop"
+    stop: Stop
     saved_step: int
     not_evaluated: int | None
     save_due: bool = False
+    abandoned: Iterator[Any] | None = None
     skipped: int = 0
 
     def make_steps(self, graphdef: nnx.GraphDef, state: TrainState, phase: Phase) -> TrainState:
@@ -249,24 +250,31 @@ class _Run:
         if first == self.not_evaluated and self._due(first, phase):
             if (evaluated := self._evaluate(evaluation_fn, state, first)) is None:
                 return state
+            # The row comes last: it says that all of this is done.
             self.checkpoints.rate(first, self._score(first, evaluated))
+            self._record(first, evaluated)
+        batches = sheltered(self.iterator)
         started = time.perf_counter()
         for step in range(first + 1, phase.last + 1):
             ends = step == phase.last
             with self.trace.step(step, state, compiles=step == first + 1):
                 self.watch.note(step, "reading data")
-                batch = put_batch(next(self.iterator), self.mesh)
+                batch = put_batch(next(batches), self.mesh)
                 self.watch.note(step, "computing")
                 state, metrics = step_fn(state, batch)
             self.trace.end_step(state, last=ends)
+            if step % config.train.max_skipped == 0:
+                self._check_streak(step, state, metrics)
             if step % config.train.log_every == 0 or ends:
                 speed = (step - first) / (time.perf_counter() - started)
                 self._log(step, state, metrics, speed)
             self.progress.advance(step)
             self.stop.look()
-            evaluated = (
-                self._evaluate(evaluation_fn, state, step) if self._due(step, phase) else None
-            )
+            evaluated = None
+            if self._due(step, phase):
+                evaluated = self._evaluate(evaluation_fn, state, step)
+            if evaluated is not None:
+                self._record(step, evaluated)
             self.save_due |= step % config.checkpoint.every == 0
             # Checkpoints of a run that has diverged would push out the good ones: while steps are
             # skipped, they wait.
@@ -302,14 +310,8 @@ class _Run:
         return step_fn, make_evaluation_step(nnx.graphdef(model), task, self.mesh)
 
     def _log(self, step: int, state: TrainState, metrics: Metrics, steps_per_second: float) -> None:
+        self._check_streak(step, state, metrics)
         row = {name: float(value) for name, value in metrics.items()}
-        in_a_row = _skipped_in_a_row(state)
-        if in_a_row >= self.task.config.train.max_skipped:
-            raise UserError(
-                f"the loss is {row['train_loss']} at step {step}, and the last {in_a_row} steps "
-                "were skipped; lower optimizer.learning_rate or set optimizer.clip_norm "
-                f"(checkpoints in {self.workdir} are kept)"
-            )
         row["skipped_steps"] = skipped = int(state.opt_state.total_notfinite)
         if skipped > self.skipped:
             log.warning("%d steps had no finite loss or gradients and were skipped", skipped)
@@ -317,6 +319,15 @@ class _Run:
         speed = steps_per_second * self.task.units_per_step
         self.rows.write({"step": step, **row, f"{self.task.unit}s_per_second": speed})
         self.progress.show(row)
+
+    def _check_streak(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        in_a_row = _skipped_in_a_row(state)
+        if in_a_row >= self.task.config.train.max_skipped:
+            raise UserError(
+                f"the loss is {float(metrics['train_loss'])} at step {step}, and the last "
+                f"{in_a_row} steps were skipped; lower optimizer.learning_rate or set "
+                f"optimizer.clip_norm (checkpoints in {self.workdir} are kept)"
+            )
 
     def _due(self, step: int, phase: Phase) -> bool:
         """Whether the model is evaluated after a step."""
@@ -333,17 +344,20 @@ class _Run:
         self.not_evaluated = step
         batches = self.task.evaluation_batches("validation", batch_shard(self.mesh))
         batches = self.watch.through(batches, step, "evaluating")
-        batches = itertools.takewhile(lambda _: not self.stop.look(), batches)
+        some = itertools.takewhile(lambda _: not self.stop.look(), batches)
         if not self.stop.requested:
-            sums = evaluate_batches(evaluation_fn, state.params, state.other, batches, self.mesh)
+            sums = evaluate_batches(evaluation_fn, state.params, state.other, some, self.mesh)
         if self.stop.requested:
+            # To end its workers takes time that is needed to save.
+            self.abandoned = batches
             return None
-        evaluated = self.task.results(sums, "validation")
+        self.not_evaluated = None
+        return self.task.results(sums, "validation")
+
+    def _record(self, step: int, evaluated: dict[str, float]) -> None:
         row = {f"validation_{name}": value for name, value in evaluated.items()}
         self.rows.write({"step": step, **row})
         self.progress.show(row)
-        self.not_evaluated = None
-        return evaluated
 
     def _save(self, state: TrainState, step: int, evaluated: dict[str, float] | None) -> None:
         self.watch.note(step, "saving a checkpoint")
@@ -359,40 +373,6 @@ class _Run:
 def _skipped_in_a_row(state: TrainState) -> int:
     """The last steps without a finite loss and gradients, whose updates were left out."""
     return int(state.opt_state.notfinite_count)
-
-
-class _Stop:
-    """Whether the run has been asked to stop."""
-
-    requested = False
-    #: How often any run of this process has looked: JAX tells all processes at the same number,
-    #: which a dense phase before this one must not have used up.
-    looks = itertools.count(1)
-
-    def look(self) -> bool:
-        """Asks whether any of several processes got the signal; all are told at the same step."""
-        number = next(self.looks)
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
-            self.requested = True
-        return self.requested
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[_Stop]:
-    """Turns SIGTERM (a preemption) into a request that the loop sees after the current step."""
-    stop = _Stop()
-    if jax.process_count() > 1:  # JAX itself listens for the signal, and tells the others
-        yield stop
-        return
-
-    def request(signum, frame):
-        stop.requested = True
-
-    previous = signal.signal(signal.SIGTERM, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _was_evaluated(workdir: Path, step: int) -> bool:

@@ -81,9 +81,12 @@ def start_processes(options: ConfigDict) -> None:
 def _own_devices() -> list[int] | None:
     """The device of one of several processes on a host; JAX knows it where it knows the launcher.
 
-    It does not know Open MPI 5.
+    It does not know Open MPI 5. JAX_LOCAL_DEVICE_IDS says something else where that is wanted.
     """
-    if int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1:
+    if (
+        "JAX_LOCAL_DEVICE_IDS" not in os.environ
+        and int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1
+    ):
         return [int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"])]
     return None
 
