@@ -152,6 +152,14 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
             f"layer=low_rank,recipe=search,{own}",
             (f"--config.compress.stages=((0.8,{budget}),)",),
         ),
+        **{
+            f"{VARIANT}{kind}, factors {scale:g} times as fast": (
+                f"layer={layer},recipe=search,{own}",
+                (f"--config.optimizer.factor_scale={scale}",),
+            )
+            for scale in (1.0, 2.0)
+            for kind, layer in (("Gaudi", "gaudi"), ("low-rank", "low_rank"))
+        },
         VARIANT + "uniform budgets": (search, ("--config.compress.allocation=uniform",)),
     }
 
