@@ -71,6 +71,7 @@ def test_a_step_with_an_infinite_loss_is_skipped(tmp_path, monkeypatch):
     assert steps_saved(tmp_path) == [1, 2, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_falls_on_a_skipped_step_is_made_up_for(tmp_path, monkeypatch):
     infinite_at(monkeypatch, 4)
     config = tiny_config()
@@ -79,6 +80,7 @@ def test_a_checkpoint_that_falls_on_a_skipped_step_is_made_up_for(tmp_path, monk
     assert steps_saved(tmp_path) == [5, 8]
 
 
+@pytest.mark.slow
 def test_a_last_step_without_a_finite_loss_ends_the_run_well(tmp_path, monkeypatch):
     infinite_at(monkeypatch, 8)
     assert loop.train(config_of_single_steps(), tmp_path)
@@ -87,6 +89,7 @@ def test_a_last_step_without_a_finite_loss_ends_the_run_well(tmp_path, monkeypat
     assert_same(after, before)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_on_a_skipped_step_saves(tmp_path, monkeypatch):
     infinite_at(monkeypatch, 3)
     with monkeypatch.context() as patch:
@@ -125,6 +128,7 @@ def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(tmp_path, monke
     assert scores[0][4] == scores[1][4] > -np.inf
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_last_evaluation_leaves_it_to_the_next_start(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 8)

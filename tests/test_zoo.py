@@ -56,7 +56,10 @@ def test_the_zoo_holds_what_its_page_promises():
     assert {"digits-vit-gaudi-packed", "docs-gpt-gaudi", "docs-gpt-gaudi-packed"} <= set(names())
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("docs")) for name in names()],
+)
 def test_models_of_the_zoo_are_as_good_as_their_cards_say(name):
     card = read_card(MODELS / name)
     assert (MODELS / name / WEIGHTS).stat().st_size == card["bytes"] <= MOST_BYTES
@@ -86,6 +89,7 @@ def test_a_run_is_published_and_read_again(workdir, published):
     assert_same(parameters(published), parameters(workdir))
 
 
+@pytest.mark.slow
 def test_a_packed_run_is_published(workdir, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(workdir, run)
@@ -104,6 +108,7 @@ def test_a_run_whose_structure_was_found_by_search_is_published(tmp_path, monkey
     assert_same(parameters(tmp_path / "model"), parameters(run))
 
 
+@pytest.mark.slow
 def test_half_precision_is_for_the_content_alone(workdir, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     assert publish(monkeypatch, workdir, folder, "--dtype=bfloat16") == 0
