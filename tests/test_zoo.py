@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import gaudi_jax
+from gaudi_jax.data.corpus import load_corpus
 from gaudi_jax.deploy import __main__ as deploy_command
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import Structural
@@ -64,15 +65,18 @@ def test_models_of_the_zoo_are_as_good_as_their_cards_say(name):
     card = read_card(MODELS / name)
     assert (MODELS / name / WEIGHTS).stat().st_size == card["bytes"] <= MOST_BYTES
     model = gaudi_jax.load(f"zoo:{name}")
-    try:
-        task = open_task(ConfigDict(read_config(MODELS / name)))
-    except UserError as error:
-        # Python's documentation differs from one version to the next.
-        pytest.skip(str(error))
+    config, tolerance = ConfigDict(read_config(MODELS / name)), 1e-3
+    if config.data.name == "docs":
+        # Python's documentation differs a little from one version to the next.
+        config.data.tokenizer = f"hf:{MODELS / name / 'tokenizer'}"
+        if load_corpus("docs").sha256 != config.data.corpus_sha256:
+            config.data.corpus_sha256, tolerance = None, 0.05
+    task = open_task(config)
     assert gaudi_jax.cost(model, task.example).relative == card["relative_multiplications"]
     for split in ("validation", "test"):
         found = evaluate_model(model, task, split)
-        assert found == pytest.approx(card[split], rel=1e-3), split
+        wanted = {key: card[split][key] for key in ("loss", "accuracy") if key in card[split]}
+        assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=tolerance), split
 
 
 def test_a_packed_model_computes_what_its_masks_do():
