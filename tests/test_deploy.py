@@ -246,6 +246,7 @@ def test_what_does_not_fit_is_one_sentence(exported, tmp_path, workdir, monkeypa
     assert read(only_tpu)[0]["platforms"] == ["tpu"]
 
 
+@pytest.mark.slow
 def test_random_keys_and_a_language_model(tmp_path):
     layers = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
     model = nnx.Sequential(*layers)

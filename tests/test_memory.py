@@ -47,6 +47,7 @@ def test_what_is_split_takes_less():
     assert size / 4 < memory.parameters < size / 2  # biases and norms lie whole everywhere
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_and_computes_the_same():
     assert estimate(**{"model.remat": True})[0].activations < estimate()[0].activations / 2
     gradients = []

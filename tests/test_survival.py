@@ -98,6 +98,7 @@ def test_a_run_that_is_stopped_on_a_skipped_step_saves(tmp_path, monkeypatch):
     assert steps_saved(tmp_path) == [2, 3]
 
 
+@pytest.mark.slow
 def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(tmp_path, monkeypatch):
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
     config = tiny_config()

@@ -141,7 +141,7 @@ def gradients(config, accumulate):
     return state.opt_state, {name: metrics[name] for name in metrics if name.startswith("train")}
 
 
-@pytest.mark.parametrize("kind", ["text", "images"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("images", marks=pytest.mark.slow)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(kind, text):
     config = tiny_text_config(text) if kind == "text" else tiny_config()
     if kind == "text":
@@ -196,7 +196,7 @@ def test_loading_needs_no_text(text, tmp_path, finished, monkeypatch):
     assert model(jnp.zeros((1, 12), jnp.int32)).shape == (1, 12, len(set(TEXT)))
 
 
-@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("step", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_resuming_within_an_epoch_equals_never_stopping(
     text, finished, tmp_path, monkeypatch, step
 ):

@@ -93,7 +93,7 @@ def test_load_gives_the_trained_model_in_evaluation_mode(finished):
         gaudi_jax.load(finished, 5)
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_sigterm_saves_and_resuming_equals_never_stopping(finished, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step)
@@ -119,6 +119,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(finished, tmp_path, caplog):
     assert_same(parameters(tmp_path), parameters(finished))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_another(finished, tmp_path):
     config = tiny_config()
     loop.train(config, tmp_path / "same")
@@ -257,7 +258,7 @@ def test_layers_of_attention_and_mlp_are_chosen_apart():
     assert (block.mlp.fc1.rank, block.mlp.fc1.granularity) == (2, (4, 4))
 
 
-@pytest.mark.parametrize("log_every", [2, 100])
+@pytest.mark.parametrize("log_every", [pytest.param(2, marks=pytest.mark.slow), 100])
 def test_a_loss_that_stays_undefined_stops_the_run(tmp_path, log_every):
     config = tiny_config()
     config.train.update(log_every=log_every, max_skipped=2)
