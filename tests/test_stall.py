@@ -1,3 +1,4 @@
+import errno
 import json
 import time
 
@@ -45,7 +46,13 @@ def test_what_an_earlier_start_left_is_no_news(tmp_path, two_processes):
         assert watch.stalled() == []
 
 
-def test_the_watch_warns_by_itself(tmp_path, caplog):
+@pytest.mark.parametrize("room", [True, False])
+def test_the_watch_warns_by_itself(tmp_path, caplog, monkeypatch, room):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if not room:
+        monkeypatch.setattr(stall, "write_atomically", fail)
     with StallWatch(tmp_path, 0.2) as watch:
         watch.note(3, "reading data")
         end = time.monotonic() + 20

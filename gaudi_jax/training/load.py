@@ -28,12 +28,12 @@ PACKED = "packed"
 
 
 def load(
-    source: str | Path, step: int | str | None = None, *, into: nnx.Module | None = None
+    workdir: str | Path, step: int | str | None = None, *, into: nnx.Module | None = None
 ) -> nnx.Module:
     """A trained model, in evaluation mode: that of a run, a published one, or one that was saved.
 
     Args:
-        source: directory of a run, or one that `gaudi_jax.save` wrote; or a published model: its
+        workdir: directory of a run, or one that `gaudi_jax.save` wrote; or a published model: its
             directory, ``zoo:NAME`` of one that comes with the package (`gaudi_jax.zoo.names`), or
             ``hf:OWNER/NAME`` of one on the Hugging Face hub.
         step: step of the run's checkpoint, "best" (by validation accuracy, or loss), "packed" (what
@@ -54,11 +54,11 @@ def load(
         >>> model(jnp.zeros((1, 8, 8, 1))).shape
         (1, 10)
     """
-    folder = published_folder(source)
+    folder = published_folder(workdir)
     if folder is None:
-        return load_with_step(source, step, into=into)[0]
+        return load_with_step(workdir, step, into=into)[0]
     if step is not None or into is not None:
-        raise UserError(f"{source} is a published model, of one step; leave out step and into")
+        raise UserError(f"{workdir} is a published model, of one step; leave out step and into")
     return read_published(folder)
 
 

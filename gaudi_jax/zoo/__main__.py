@@ -92,6 +92,7 @@ def publish(arguments: argparse.Namespace) -> None:
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} must be at least 1")
     config = ConfigDict(read_config(workdir))
+    task = open_task(config)  # before anything is written
     model, step = load_with_step(workdir, arguments.step)
     plans = []
     phase = phase_of(config, step)
@@ -111,7 +112,7 @@ def publish(arguments: argparse.Namespace) -> None:
         "versions": versions(),
     }
     write_card(folder, card)
-    card |= _measured(read_published(folder), open_task(config), arguments.batch)
+    card |= _measured(read_published(folder), task, arguments.batch)
     write_card(folder, card | {"bytes": (folder / WEIGHTS).stat().st_size})
     print(f"published in {folder}: {(folder / WEIGHTS).stat().st_size / 2**20:.2f} MiB of weights")
 
