@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def exit_status(command: Callable[[], object]) -> int:
         >>> exit_status(lambda: None)
         0
     """
+    _silence_checkpoint_threads()
     try:
         command()
     except UserError as error:
@@ -68,6 +70,27 @@ def exit_status(command: Callable[[], object]) -> int:
     gc.collect()
     time.sleep(0.2)
     return 1
+
+
+def _silence_checkpoint_threads() -> None:
+    """Where a checkpoint cannot be written, one error is told, not that of every array.
+
+    Orbax and tensorstore write arrays in threads and tasks of their own; each that fails prints a
+    traceback, some only after the command has told of the error, which it gets as an exception.
+    """
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # exceptions of tasks nobody awaits
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _print_unraisable
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def reason(error: Exception) -> str:
