@@ -10,6 +10,8 @@ import pytest
 collect_ignore_glob = ["data/golden/make_*.py"]
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Tests compile more than they compute. Programs are the same, their machine code is less polished.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Programs that many tests share are compiled once, also by the processes that run or start tests.
 if "GAUDI_JAX_TEST_CACHE" not in os.environ:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -192,6 +193,11 @@ class BlockSparseLinear(GridLinear):
     def factored(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """The product through the blocks and the low-rank part."""
         v, u, sparse = (part[...].astype(x.dtype) for part in (self.v, self.u, self.sparse))
-        read = self._grouped(x)[..., butterfly_pattern(self.blocks, self.diagonals), :]
-        y = jnp.einsum("...jdn,jdnm->...jm", read, sparse)
+        pattern = butterfly_pattern(self.blocks, self.diagonals)
+        diagonals = np.arange(self.diagonals)
+        # Outputs are permuted, not inputs: a compiler would fuse what made x with the reading of
+        # each block, and make it as often. Each diagonal of the pattern is its own inverse.
+        by_input = sparse[pattern, diagonals]
+        parts = jnp.einsum("...in,idnm->...idm", self._grouped(x), by_input)
+        y = parts[..., pattern, diagonals, :].sum(-2)
         return y.reshape(*x.shape[:-1], self.out_features) + dot(dot(x, v, 1, None), u, 0, None)
