@@ -19,13 +19,14 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from runs import RESULTS, ROOT, Row, Table, block_cost, layer_costs, run_all, train
+from tables import differences, standard_error, with_error
 from tabulate import tabulate
 
 COLUMNS = (
@@ -231,16 +232,13 @@ def paired_table(rows: Sequence[Row]) -> str:
     for method in (SEARCH, GRID):
         for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] == method):
             ours, theirs = (
-                {row["seed"]: row for row in rows if (row["method"], row["budget"]) == (m, budget)}
+                [row for row in rows if (row["method"], row["budget"]) == (m, budget)]
                 for m in (method, MATCHED)
             )
-            seeds = sorted(ours.keys() & theirs.keys())
-            cells = [
-                with_error([float(theirs[s][m]) - float(ours[s][m]) for s in seeds], 4)
-                for m in measures
-            ]
-            if seeds:
-                lines.append((method, budget, len(seeds), *cells))
+            pairs = [differences(theirs, ours, measure) for measure in measures]
+            if pairs[0]:
+                cells = [with_error(pair, 4) for pair in pairs]
+                lines.append((method, budget, len(pairs[0]), *cells))
     names = [measure.replace("_", " ") for measure in measures]
     return tabulate(lines, ("low-rank, matched, less", "budget", "seeds", *names), "github")
 
@@ -251,13 +249,6 @@ def _mean(rows: Sequence[Row], column: str) -> str:
     return with_error(values, 0 if column == "seconds" else 4)
 
 
-def with_error(numbers: Sequence[float], digits: int) -> str:
-    values = np.array(numbers)
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / math.sqrt(len(values)):.{digits}f}"
-
-
 def plot(rows: Sequence[Row], task: str, measure: str) -> None:
     """Test results against cost, with standard errors."""
     figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
@@ -266,10 +257,9 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
         points = []
         for budget in sorted({row["budget"] for row in rows if row["method"] == method}):
             chosen = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
-            values = np.array([row[f"test_{measure}"] for row in chosen], float)
-            error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            values = [float(row[f"test_{measure}"]) for row in chosen]
             cost = np.mean([float(row["cost"]) for row in chosen])
-            points.append((cost, values.mean(), error))
+            points.append((cost, np.mean(values), standard_error(values)))
         x, y, error = zip(*points, strict=True)
         axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=method)
     axes.set(
@@ -279,20 +269,35 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
     figure.savefig(RESULTS / f"learning-{task}.png")
 
 
+def checked(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, methods: Collection[str]
+) -> dict[str, Task]:
+    """The tasks, once the command line is seen to be usable."""
+    text = (ROOT / args.text).resolve()
+    if "shakespeare" in args.tasks and not text.is_file():
+        parser.error(f"no text in {text}; give the path of tinyshakespeare with --text, or --tasks")
+    for word in args.methods:
+        if not any(word in method for method in methods):
+            parser.error(f"--methods {word!r} is part of none of: {'; '.join(methods)}")
+    return tasks(str(text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", default="shakespeare.txt", help="path of tinyshakespeare")
-    parser.add_argument("--tasks", nargs="+", default=["digits", "shakespeare", "docs"])
+    names = list(tasks(""))
+    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
     parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a few minutes, nothing is kept")
     args = parser.parse_args()
-    known, extra = tasks(str((ROOT / args.text).resolve())), []
+    extra = []
     if args.quick:
         args.tasks, args.budgets, args.seeds = ["digits"], [0.25], 1
         extra = ["--config.train.steps=300", "--config.compress.rounds=10"]
         FINISHED.path = Path(tempfile.mkdtemp()) / "learning.csv"
+    known = checked(parser, args, methods(tasks("")["digits"], 0.25))
     done = {
         (row["task"], row["method"], float(row["budget"]), int(row["seed"]))
         for row in FINISHED.rows()

@@ -1,6 +1,7 @@
 """Runs of ``main.py`` for the studies: two at a time, one core each; finished rows are kept."""
 
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -8,7 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,13 @@ ONE_CORE = {
 }
 
 Row = dict[str, Any]
+
+
+class RunError(Exception):
+    """A command of a study failed."""
+
+    def __init__(self, command: Sequence[str], printed: str):
+        super().__init__(f"{' '.join(command)} failed:\n{printed[-2000:]}")
 
 
 def train(
@@ -52,13 +61,25 @@ def train(
             command, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True, text=True
         )
         if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+            raise RunError(command, done.stderr)
         summary = json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8"))
         if keep is not None and (Path(workdir) / "masks.png").exists():
             keep.parent.mkdir(parents=True, exist_ok=True)
             keep.write_bytes((Path(workdir) / "masks.png").read_bytes())
         summary["seconds"] = round(time.perf_counter() - start)
+        summary |= {
+            "commit": commit(),
+            "jax": summary["versions"]["jax"],
+            "date": date.today().isoformat(),
+        }
         return summary | (measure(workdir) if measure else {})
+
+
+@functools.cache
+def commit() -> str:
+    """The code's, with a mark where it has been changed since."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def layer_costs(summary: Row) -> dict[str, tuple[int, int, int]]:
@@ -106,8 +127,17 @@ class Table:
 
 
 def run_all(jobs: Sequence[Any], function: Callable[..., Row], table: Table) -> None:
-    """Runs jobs two at a time, and keeps each row as soon as it is there."""
+    """Runs jobs two at a time, and keeps each row as soon as it is there.
+
+    The others go on after one that fails, which is told at the end.
+    """
+    failures = []
     with ThreadPoolExecutor(2) as pool, tqdm(total=len(jobs), unit="run") as bar:
-        for row in pool.map(lambda job: function(*job), jobs):
-            table.append(row)
+        for done in as_completed([pool.submit(function, *job) for job in jobs]):
+            try:
+                table.append(done.result())
+            except RunError as failure:
+                failures.append(str(failure))
             bar.update()
+    if failures:
+        raise SystemExit("\n".join(failures))

@@ -27,19 +27,22 @@ class Curve(NamedTuple):
         step: multiplications of one component.
         floor: the fewest multiplications that the layer may get.
         cap: the most.
+        whole: whether a part of a component buys nothing.
     """
 
     gains: np.ndarray
     step: int
     floor: int
     cap: int
+    whole: bool = False
 
 
 def share_out(curves: Sequence[Curve], total: int) -> list[int]:
     """Spends a number of multiplications where they take most off the sum of the squared errors.
 
     Since every layer's gains fall, taking the best offer of all layers again and again is optimal;
-    the last layer served may get a part of a component.
+    the last layer served may get a part of a component. Where a whole one does not fit any more,
+    the next best that does is taken.
 
     Args:
         curves: one a layer.
@@ -55,22 +58,25 @@ def share_out(curves: Sequence[Curve], total: int) -> list[int]:
         >>> share_out([Curve(steep, 10, 1, 20), Curve(flat, 10, 1, 20)], 25)
         [10, 15]
     """
-    owner, price, length = [], [], []
+    owner, price, pieces = [], [], []
     for index, curve in enumerate(curves):
         # Where the components begin and end; what is not theirs up to the cap is worth nothing.
         ends = np.append(curve.step * np.arange(len(curve.gains) + 1), max(curve.cap, 0))
         ends = np.clip(np.maximum.accumulate(ends), curve.floor, curve.cap)
-        length.append(np.diff(ends))
+        pieces.append(np.diff(ends))
         price.append(np.append(curve.gains / curve.step, 0.0))
-        owner.append(np.full(len(length[-1]), index))
+        owner.append(np.full(len(pieces[-1]), index))
     order = np.argsort(-np.concatenate(price), kind="stable")
-    lengths = np.concatenate(length)[order]
-    left = total - sum(curve.floor for curve in curves)
-    before = np.cumsum(lengths) - lengths
-    taken = np.clip(left - before, 0, lengths)
-    costs = np.array([curve.floor for curve in curves])
-    np.add.at(costs, np.concatenate(owner)[order], taken)
-    return [int(cost) for cost in costs]
+    lengths = np.concatenate(pieces)[order]
+    owners = np.concatenate(owner)[order]
+    costs = [curve.floor for curve in curves]
+    left = total - sum(costs)
+    for index, length in zip(owners.tolist(), lengths.tolist(), strict=True):
+        taken = min(length, left)
+        if taken == length or not curves[index].whole:
+            costs[index] += taken
+            left -= taken
+    return costs
 
 
 @jax.jit

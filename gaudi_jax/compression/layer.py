@@ -49,11 +49,17 @@ class Layer:
     def curve(self, uniform: int) -> Curve:
         """How the error falls with the cost, and the costs that the layer may get."""
         n, m = self.shape
+        shares, step = np.asarray(gains(self._kernel(), self._second_moment())), n + m
+        if self.choice.blocks is not None:
+            step = GRID_LAYERS[self.choice.method].step(n, m, self.choice.blocks)
+            several = max(step // (n + m), 1)  # components of the SVD for which one step pays
+            shares = np.add.reduceat(shares, np.arange(0, len(shares), several))
         return Curve(
-            np.asarray(gains(self._kernel(), self._second_moment())),
-            n + m,
+            shares,
+            step,
             floor=self.choice.least(self.shape),
             cap=max(n * m, uniform),
+            whole=self.choice.method not in ("gaudi", "best"),
         )
 
     @jax.default_matmul_precision("highest")

@@ -98,7 +98,12 @@ class BlastLinear(GridLinear):
     @classmethod
     def least(cls, in_features: int, out_features: int, blocks: int) -> int:
         """The fewest multiplications: rank 1."""
-        return min(in_features + out_features + blocks**2, in_features * out_features)
+        return min(cls.step(in_features, out_features, blocks), in_features * out_features)
+
+    @classmethod
+    def step(cls, in_features: int, out_features: int, blocks: int) -> int:
+        """Multiplications of one more rank: a column of each factor, and blocks² diagonals."""
+        return in_features + out_features + blocks**2
 
     @classmethod
     def affordable(
@@ -117,7 +122,7 @@ class BlastLinear(GridLinear):
             return {"blocks": blocks, "rank": full}
         return {
             "blocks": blocks,
-            "rank": min(cost // (in_features + out_features + blocks**2), full),
+            "rank": min(cost // cls.step(in_features, out_features, blocks), full),
         }
 
     def kernel(self) -> Float[Array, "in out"]:

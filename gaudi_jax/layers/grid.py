@@ -15,7 +15,7 @@ class GridLinear(StructuredLinear):
     """A structured layer whose kernel is cut into blocks × blocks blocks of one size.
 
     A subclass gives `kernel`, `factored`, `factored_multiplications`, `composing_multiplications`
-    and `approximation`, and says with `least` and `affordable` what a budget buys.
+    and `approximation`, and says with `least`, `step` and `affordable` what a budget buys.
 
     Args:
         in_features: features of the input.
@@ -119,6 +119,11 @@ class GridLinear(StructuredLinear):
     @abstractmethod
     def least(cls, in_features: int, out_features: int, blocks: int) -> int:
         """The fewest multiplications that a layer with so many blocks has."""
+
+    @classmethod
+    def step(cls, in_features: int, out_features: int, blocks: int) -> int:
+        """Multiplications of one more rank."""
+        return in_features + out_features
 
     @classmethod
     @abstractmethod

@@ -84,7 +84,12 @@ class MonarchLinear(GridLinear):
     @classmethod
     def least(cls, in_features: int, out_features: int, blocks: int) -> int:
         """The fewest multiplications: blocks of rank 1."""
-        return min(blocks * (in_features + out_features), in_features * out_features)
+        return min(cls.step(in_features, out_features, blocks), in_features * out_features)
+
+    @classmethod
+    def step(cls, in_features: int, out_features: int, blocks: int) -> int:
+        """Multiplications of one more rank in every block."""
+        return blocks * (in_features + out_features)
 
     @classmethod
     def affordable(
@@ -103,7 +108,7 @@ class MonarchLinear(GridLinear):
             return {"blocks": blocks, "rank": full}
         return {
             "blocks": blocks,
-            "rank": min(cost // (blocks * (in_features + out_features)), full),
+            "rank": min(cost // cls.step(in_features, out_features, blocks), full),
         }
 
     def kernel(self) -> Float[Array, "in out"]:
