@@ -7,7 +7,7 @@ kept in ``benchmarks/results/ablation.csv`` and not repeated. Prints a table: co
 test results with hard masks, what the test loss has more than that of the same seed where nothing
 is changed, and what soft masks give. At a quarter of the cost nothing could be told apart. What
 ``benchmarks/learning.py`` compares (structures frozen at random, controller only, uneven budgets,
-the time of the search) are not repeated here.
+the time of the search) is not repeated here.
 """
 
 import argparse

@@ -424,7 +424,7 @@ def test_initialisers_are_traceable_and_param_dtype_is_kept():
         ),
         (
             lambda: MonarchLinear(8, 12, blocks=2, rank=5, rngs=nnx.Rngs(0)),
-            r"rank=5 of a 8x12 layer must lie in \[1, 4\]",
+            r"rank=5 of a 8x12 layer must be a whole number in \[1, 4\]",
         ),
         (lambda: BlastLinear(8, 6, blocks=2, rank=7, rngs=nnx.Rngs(0)), r"rank=7.*\[1, 6\]"),
         (
@@ -433,7 +433,7 @@ def test_initialisers_are_traceable_and_param_dtype_is_kept():
         ),
         (
             lambda: BlockSparseLinear(8, 8, blocks=4, diagonals=4, rank=1, rngs=nnx.Rngs(0)),
-            r"diagonals=4 must lie in \[1, 3\]",
+            r"diagonals=4 must be a whole number in \[1, 3\]",
         ),
         (
             lambda: BlockSparseLinear(8, 8, blocks=4, diagonals=1, rank=0, rngs=nnx.Rngs(0)),

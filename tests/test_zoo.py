@@ -126,6 +126,13 @@ def test_half_precision_is_for_the_content_alone(workdir, tmp_path, monkeypatch)
     assert issubclass(type(model.blocks[0].mlp.fc1.widths), Structural)
 
 
+def test_publishing_that_fails_leaves_nothing(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr("gaudi_jax.zoo.__main__.evaluate_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        publish(monkeypatch, workdir, tmp_path / "models" / "mine")
+    assert not list((tmp_path / "models").iterdir())
+
+
 def test_what_is_wrong_with_a_published_model_is_named(published, monkeypatch, workdir, capsys):
     with pytest.raises(UserError, match="no model 'vit'; use one of digits-vit-dense"):
         gaudi_jax.load("zoo:vit")

@@ -15,6 +15,12 @@ from gaudi_jax.layers.factory import GRID_LAYERS, largest_divisor
 Method = Literal["gaudi", "low_rank", "monarch", "blast", "block_sparse", "best", "skip"]
 #: (in, out) of a kernel as a matrix.
 Shape = tuple[int, int]
+#: What each method makes use of, beside the budget.
+USED_BY: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys(("gaudi", "best"), ("rank", "granularity")),
+    **dict.fromkeys(GRID_LAYERS, ("blocks",)),
+    **dict.fromkeys(("low_rank", "skip"), ()),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +68,12 @@ class Rule:
             ) from None
         for name in ("budget", "rank", "granularity", "blocks"):
             value = getattr(self, name)
-            numbers = value if isinstance(value, tuple | list) else [value]
-            if any(isinstance(n, bool) or not isinstance(n, Real | None) for n in numbers):
-                raise UserError(f"{name}={value!r} of a rule must be numbers")
+            pair = name == "granularity" and isinstance(value, tuple | list)
+            if any(
+                isinstance(n, bool) or not isinstance(n, Real | None)
+                for n in (value if pair else [value])
+            ):
+                raise UserError(f"{name}={value!r} of a rule must be a number")
         if self.method is not None and self.method not in get_args(Method):
             raise UserError(
                 f"unknown method {self.method!r}; use {', '.join(get_args(Method)[:-1])} or skip"
@@ -95,7 +104,7 @@ class Choice:
         budget: the layer's own fraction, or None where the network's number holds.
         rank: columns of each block.
         granularity: pair (input axis, output axis), each a divisor of its axis.
-        grid: parts of both axes for the layers on a grid, None for the others.
+        blocks: parts of both axes for the layers on a grid, None for the others.
     """
 
     method: Method
@@ -148,7 +157,8 @@ def choose(
         The choices, and the reason why each other layer of `shapes` is left, by path.
 
     Raises:
-        UserError: a rule holds for no layer, no layer is chosen, or a rank is too large for one.
+        UserError: a rule holds for no layer, or gives its method what that has no use for; no layer
+            is chosen, or a rank is too large for one.
     """
     matches = {
         path: next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
@@ -160,6 +170,7 @@ def choose(
                 f"rule {rule.pattern!r} holds for no layer: it matches none of the "
                 f"{len(matches)} ({_some(list(matches))}), or rules before it match them first"
             )
+    _check_effects(rules, default)
     choices, passed_over = {}, {}
     for path, shape in shapes.items():
         match = matches[path]
@@ -176,6 +187,22 @@ def choose(
             "a model with nnx.Linear or nnx.LinearGeneral layers, and rules that match them"
         )
     return choices, passed_over
+
+
+def _check_effects(rules: Sequence[Rule], default: Rule) -> None:
+    """Checks that what is asked for has an effect: in a rule on its method, else on any rule's."""
+    methods = [rule.method or default.method for rule in rules]
+    asked = [*zip(rules, ([method] for method in methods), strict=True), (default, methods)]
+    for rule, its_methods in asked:
+        for name in ("rank", "granularity", "blocks"):
+            value = getattr(rule, name)
+            used = any(name in USED_BY[method] for method in its_methods)
+            if value not in (None, 1, (1, 1)) and not used:
+                useful = [repr(method) for method, names in USED_BY.items() if name in names]
+                raise UserError(
+                    f"{name}={value} has no effect on method={its_methods[0]!r}; leave it out, or "
+                    f"take {' or '.join(useful)}"
+                )
 
 
 def _as_rule(mapping: Any) -> Rule:

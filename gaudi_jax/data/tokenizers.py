@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gaudi_jax.data.corpus import Corpus
 from gaudi_jax.errors import UserError, reason
+from gaudi_jax.zoo import published_folder
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ BYTES = 256
 LARGEST = 2**20
 #: The file of a saved tokenizer.
 FILE = "tokenizer.json"
+#: Folder of a run or of a published model.
+TOKENIZER = "tokenizer"
 #: Characters of a piece, and pieces that are encoded at once: enough for all cores, while what the
 #: tokenizer keeps of every token beside its id stays under a gigabyte.
 PIECE, PIECES = 2**18, 32
@@ -114,8 +117,13 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_tokenizer(directory: str | Path) -> Tokenizer:
-    """A tokenizer that `Tokenizer.save` wrote, such as that of a run, ``WORKDIR/tokenizer``.
+def read_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a run, or of a published model of text.
+
+    Args:
+        source: a directory that `Tokenizer.save` wrote, such as ``WORKDIR/tokenizer``, or the name
+            of a published model, as in `gaudi_jax.load`: ``zoo:NAME``, ``hf:OWNER/NAME``, or its
+            directory.
 
     Raises:
         UserError: it is not there, or is damaged.
@@ -127,8 +135,12 @@ def read_tokenizer(directory: str | Path) -> Tokenizer:
         ...     character_tokenizer("abc").save(folder)
         ...     read_tokenizer(folder).encode("cab").tolist()
         [2, 0, 1]
+        >>> tokenizer = read_tokenizer("zoo:docs-gpt-gaudi")
+        >>> tokenizer.decode(tokenizer.encode("The for statement"))
+        'The for statement'
     """
-    file = Path(directory) / FILE
+    published = published_folder(source)
+    file = (Path(source) if published is None else published / TOKENIZER) / FILE
     try:
         return _read(file)
     except Exception as error:  # the package raises nothing more special

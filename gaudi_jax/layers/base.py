@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -89,6 +90,9 @@ class StructuredLinear(nnx.Module):
             bias: bias, shape (out,), or None for a layer without one.
             **options: keyword arguments of the layer's constructor.
 
+        Raises:
+            UserError: the kernel is no matrix.
+
         Example:
             >>> import jax.numpy as jnp
             >>> from gaudi_jax import LowRankLinear
@@ -96,6 +100,10 @@ class StructuredLinear(nnx.Module):
             >>> bool(jnp.allclose(layer.kernel(), 1, atol=1e-6))
             True
         """
+        if kernel.ndim != 2:
+            raise UserError(
+                f"a kernel of shape {kernel.shape} is no matrix; reshape it to (in, out)"
+            )
         layer = cls(  # type: ignore[call-arg]
             *kernel.shape,
             use_bias=bias is not None,
@@ -134,6 +142,30 @@ class StructuredLinear(nnx.Module):
         if self.bias is None:
             return y
         return y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def is_whole(number: Any) -> bool:
+    """Whether it is a whole number, of Python or NumPy.
+
+    Example:
+        >>> from gaudi_jax.layers.base import is_whole
+        >>> is_whole(2), is_whole(2.0)
+        (True, False)
+    """
+    return isinstance(number, Integral)
+
+
+def check_rank(rank: int, most: int, in_features: int, out_features: int) -> None:
+    """Checks a rank.
+
+    Raises:
+        UserError: it is no whole number in [1, most].
+    """
+    if not is_whole(rank) or not 1 <= rank <= most:
+        raise UserError(
+            f"rank={rank!r} of a {in_features}x{out_features} layer must be a whole number in "
+            f"[1, {most}]"
+        )
 
 
 def factored_product(

@@ -15,11 +15,13 @@ from gaudi_jax.decomposition.block_sparse import (
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.base import (
     KernelInit,
+    check_rank,
     default_bias_init,
     default_kernel_init,
     dot,
+    is_whole,
 )
-from gaudi_jax.layers.grid import GridLinear, check_rank
+from gaudi_jax.layers.grid import GridLinear
 
 #: Least share of the multiplications that goes to the low-rank part.
 LOW_RANK_SHARE = 0.25
@@ -109,9 +111,10 @@ class BlockSparseLinear(GridLinear):
                 f"blocks={blocks} must be a power of two for a butterfly; use "
                 f"{self.fitting_blocks(in_features, out_features, blocks)}"
             )
-        if not 1 <= diagonals <= blocks.bit_length():
+        if not is_whole(diagonals) or not 1 <= diagonals <= blocks.bit_length():
             raise UserError(
-                f"diagonals={diagonals} must lie in [1, {blocks.bit_length()}] with blocks={blocks}"
+                f"diagonals={diagonals!r} must be a whole number in [1, {blocks.bit_length()}] "
+                f"with blocks={blocks}"
             )
         check_rank(rank, min(in_features, out_features), in_features, out_features)
         self.diagonals = diagonals

@@ -8,7 +8,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gaudi_jax.errors import UserError
-from gaudi_jax.layers.base import KernelInit, StructuredLinear, composing_pays, dot, placed
+from gaudi_jax.layers.base import (
+    KernelInit,
+    StructuredLinear,
+    composing_pays,
+    dot,
+    is_whole,
+    placed,
+)
 
 
 class GridLinear(StructuredLinear):
@@ -46,10 +53,12 @@ class GridLinear(StructuredLinear):
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        if blocks < 1 or in_features % blocks or out_features % blocks:
+        if not is_whole(blocks) or blocks < 1:
+            raise UserError(f"blocks={blocks!r} must be a whole number, at least 1")
+        if in_features % blocks or out_features % blocks:
             raise UserError(
                 f"blocks={blocks} does not divide both axes of a {in_features}x{out_features} "
-                f"layer; use {self.fitting_blocks(in_features, out_features, max(blocks, 1))}"
+                f"layer; use {self.fitting_blocks(in_features, out_features, blocks)}"
             )
         self.in_features = in_features
         self.out_features = out_features
@@ -192,15 +201,3 @@ class GridLinear(StructuredLinear):
     def _grouped(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch b m"]:
         """Inputs by the groups that the blocks cut them into."""
         return x.reshape(*x.shape[:-1], self.blocks, self.in_features // self.blocks)
-
-
-def check_rank(rank: int, most: int, in_features: int, out_features: int) -> None:
-    """Checks a rank.
-
-    Raises:
-        UserError: it is not in [1, most].
-    """
-    if not 1 <= rank <= most:
-        raise UserError(
-            f"rank={rank} of a {in_features}x{out_features} layer must lie in [1, {most}]"
-        )

@@ -7,10 +7,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gaudi_jax.decomposition.low_rank import svd_factors
-from gaudi_jax.errors import UserError
 from gaudi_jax.layers.base import (
     KernelInit,
     StructuredLinear,
+    check_rank,
     default_bias_init,
     default_kernel_init,
     factored_product,
@@ -64,11 +64,7 @@ class LowRankLinear(StructuredLinear):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if not 1 <= rank <= min(in_features, out_features):
-            raise UserError(
-                f"rank={rank} of a {in_features}x{out_features} layer must lie in "
-                f"[1, {min(in_features, out_features)}]"
-            )
+        check_rank(rank, min(in_features, out_features), in_features, out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank

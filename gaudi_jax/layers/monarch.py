@@ -7,8 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gaudi_jax.decomposition.monarch import monarch_factors, monarch_kernel
-from gaudi_jax.layers.base import KernelInit, default_bias_init, default_kernel_init
-from gaudi_jax.layers.grid import GridLinear, check_rank
+from gaudi_jax.layers.base import KernelInit, check_rank, default_bias_init, default_kernel_init
+from gaudi_jax.layers.grid import GridLinear
 
 
 class MonarchLinear(GridLinear):

@@ -23,14 +23,13 @@ from gaudi_jax.data.text import (
     train_windows,
     unigram_loss,
 )
+from gaudi_jax.data.tokenizers import TOKENIZER
 from gaudi_jax.errors import UserError
 from gaudi_jax.models.generate import generate
 
 #: Samples of a summary: how many, and the most tokens that are given and added.
 SAMPLES, PROMPT, CONTINUATION = 3, 32, 160
 TEMPERATURE = 0.8
-#: Folder of a workdir that holds the tokenizer.
-TOKENIZER = "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ beside the dense form's, are those of the model as it is read from the folder.
 
 import argparse
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,12 @@ def listed() -> str:
 
 
 def publish(arguments: argparse.Namespace) -> None:
-    """Writes the folder, reads it again, measures, and writes the card."""
+    """Writes a folder, reads it again and measures it; it has its name when it is complete."""
     workdir, folder = arguments.workdir, arguments.out
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} must be at least 1")
+    if folder.exists():
+        raise UserError(f"{folder} exists; remove it or give another folder")
     config = ConfigDict(read_config(workdir))
     task = open_task(config)  # before anything is written
     model, step = load_with_step(workdir, arguments.step)
@@ -100,7 +103,6 @@ def publish(arguments: argparse.Namespace) -> None:
         plans.append(read_plan(phase.plan_file(workdir)))
     if arguments.step == PACKED:
         plans.append(read_plan(workdir / PACKED / PLAN_FILE))
-    write_published(folder, model, workdir, plans, dtype=jnp.dtype(arguments.dtype))
     card = {
         "name": folder.name,
         "command": arguments.command,
@@ -111,10 +113,16 @@ def publish(arguments: argparse.Namespace) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
     }
-    write_card(folder, card)
-    card |= _measured(read_published(folder), task, arguments.batch)
-    write_card(folder, card | {"bytes": (folder / WEIGHTS).stat().st_size})
-    print(f"published in {folder}: {(folder / WEIGHTS).stat().st_size / 2**20:.2f} MiB of weights")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        unfinished = Path(temporary) / folder.name
+        write_published(unfinished, model, workdir, plans, dtype=jnp.dtype(arguments.dtype))
+        write_card(unfinished, card)
+        card |= _measured(read_published(unfinished), task, arguments.batch)
+        size = (unfinished / WEIGHTS).stat().st_size
+        write_card(unfinished, card | {"bytes": size})
+        unfinished.rename(folder)
+    print(f"published in {folder}: {size / 2**20:.2f} MiB of weights")
 
 
 def _measured(model: nnx.Module, task: Task, batch: int) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from gaudi_jax.compression import densify, rebuild
+from gaudi_jax.data.tokenizers import TOKENIZER
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import Sigma, Structural
 from gaudi_jax.models.pretrained import WEIGHTS, fill, read_tensors
 from gaudi_jax.models.pretrained import read_config as read_json
 from gaudi_jax.training.setup import build_model
-from gaudi_jax.training.text_task import TOKENIZER
 from gaudi_jax.training.workdir import CONFIG_FILE, read_config
 from gaudi_jax.zoo import CARD_FILE
 
@@ -39,18 +39,13 @@ def write_published(
     """Writes the model of a run as a folder; with a card (`write_card`) it is published.
 
     Args:
-        folder: a new directory.
+        folder: a directory that does not exist.
         model: the model, with its values.
         workdir: of its run, for config and tokenizer.
         plans: what gave the config's model its structure, first to last.
         dtype: of the stored factors, kernels, biases and embeddings; widths, locations and sigma
             stay as they are.
-
-    Raises:
-        UserError: the folder exists.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists; remove it or give another folder")
     folder.mkdir(parents=True)
     shutil.copy(workdir / CONFIG_FILE, folder)
     if (workdir / TOKENIZER).is_dir():
