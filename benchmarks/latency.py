@@ -41,15 +41,15 @@ def main() -> None:
     print(json.dumps({name: round(1e3 * value, 4) for name, value in seconds.items()}))
 
 
-def fastest(model: nnx.Module, tokens: int, repeats: int) -> nnx.Module:
+def fastest(model: nnx.Module, tokens: dict[str, int], repeats: int) -> nnx.Module:
     """A model whose structured layers have the forms that are fastest here."""
     if any(isinstance(module, GaudiLinear) for _, module in nnx.iter_modules(model)):
         return gaudi_jax.harden(model, tokens=tokens, autotune=True).model
     result = nnx.clone(model)
-    layers = [module for _, module in nnx.iter_modules(result)]
-    for layer in layers:
+    for path, layer in list(nnx.iter_modules(result)):
         if isinstance(layer, StructuredLinear):
-            dense, x = densify(layer), jnp.zeros((tokens, layer.in_features), layer.dtype)
+            vectors = tokens["/".join(map(str, path))]
+            dense, x = densify(layer), jnp.zeros((vectors, layer.in_features), layer.dtype)
             forms = {"dense": Running(dense, x), "own": Running(layer, x)}
             seconds = interleaved_medians(forms, repeats)
             if seconds["dense"] < seconds["own"]:

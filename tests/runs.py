@@ -64,3 +64,8 @@ def traced_steps(workdir):
         for event in line.events
         if event.name == "train"
     )
+
+
+def steps_saved(workdir):
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())

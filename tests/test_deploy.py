@@ -16,7 +16,7 @@ import gaudi_jax
 from gaudi_jax.compression import densify
 from gaudi_jax.deploy import __main__ as deploy_command
 from gaudi_jax.deploy import autotune
-from gaudi_jax.deploy.pack import Packer
+from gaudi_jax.deploy.pack import Packer, pack
 from gaudi_jax.errors import UserError
 from gaudi_jax.export import __main__ as export_command
 from gaudi_jax.export import export_model, load_exported
@@ -87,21 +87,27 @@ def test_the_table_of_forms_compares_the_same_model(workdir):
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["dense", "packed"]
 
 
+def assert_one_sentence(printed, message):
+    lines = [line for line in printed.strip().splitlines() if "WARNING" not in line]
+    assert len(lines) == 1, printed
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--batch=0"], "--batch=0 must be at least 1"),
         (["--repeats=0"], "--repeats=0 must be at least 1"),
-        (["--step=77"], "77"),
+        (["--step=77"], "has no checkpoint 77; it has"),
+        (["--tokens=0"], "--tokens=0 must be at least 1"),
         (["--backend=tpu", "--autotune"], "backend='tpu' cannot be measured on 'cpu'"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, message, workdir, tmp_path, monkeypatch, capsys):
     not_packed(workdir, tmp_path / "run")
     assert call(deploy_command, monkeypatch, tmp_path / "run", *arguments) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert message in error
+    assert_one_sentence(capsys.readouterr().err, message)
 
 
 def test_a_packed_model_that_is_not_there_or_damaged_is_named(workdir, tmp_path):
@@ -141,6 +147,36 @@ def test_autotune_takes_what_was_fastest_and_keeps_it(tmp_path, monkeypatch):
         file.write_text(damage)
         assert autotune.fastest(layer, EVEN, 64, tmp_path / "0").layout == choices[0].layout
         assert json.loads(file.read_text())["seconds"] == seconds
+
+
+def test_what_could_not_be_measured_is_measured_again(tmp_path, monkeypatch):
+    layer = layer_of(3, (8, 8), (8, 8), 1, 12)
+    count = len(autotune._choices(Packer(layer), EVEN, 64))
+    seconds = [1.0, *[autotune.UNMEASURED] * (count - 1)]
+    monkeypatch.setattr(autotune, "_measure", lambda *_: seconds)
+    autotune.fastest(layer, EVEN, 64, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_layer_is_planned_for_its_own_number_of_inputs():
+    model = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 1, 3), layer_of(1, (8, 8), (8, 8), 1, 3))
+    shapes = []
+    with pytest.MonkeyPatch.context() as patch:
+        module = sys.modules["gaudi_jax.deploy.harden"]  # its name is the function's too
+        patch.setattr(module, "pack", lambda *a: shapes.append(a[2]) or pack(*a))
+        gaudi_jax.harden(model, tokens={"layers/0": np.int64(8), "layers/1": 512})
+    assert shapes == [8, 512]
+    with pytest.raises(UserError, match="tokens has no number for layer 'layers/1'"):
+        gaudi_jax.harden(model, tokens={"layers/0": 8})
+
+
+@pytest.mark.parametrize("rank", [8, 40])
+def test_any_number_of_inputs_through_factors_that_may_be_composed(rank, tmp_path):
+    model = nnx.Sequential(gaudi_jax.LowRankLinear(64, 64, rank=rank, rngs=nnx.Rngs(0)))
+    example = jax.ShapeDtypeStruct((1, 64), jnp.float32)
+    export_model(model, example, tmp_path / "file", platforms=["cpu"])
+    x = jax.random.normal(jax.random.key(0), (3, 64))
+    np.testing.assert_allclose(load_exported(tmp_path / "file")(x), model(x), atol=1e-5)
 
 
 def test_autotune_measures(tmp_path):
@@ -291,7 +327,5 @@ def test_exporting_mistakes_are_one_sentence(workdir, exported, tmp_path, monkey
         ([workdir, f"--out={tmp_path / 'x'}", "--batch=0"], "--batch=0"),
     ]:
         assert call(export_command, monkeypatch, *arguments) == 1
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("error: ")
-        assert message in error
+        assert_one_sentence(capsys.readouterr().err, message)
     assert not (tmp_path / "x").exists()

@@ -137,6 +137,7 @@ def test_blocks_of_a_run_are_regrouped_on_a_coarser_grid(finished, tmp_path):
         ({"stages": ((0.5, "a"),)}, "must hold pairs"),
         ({"stages": ((0.5, 0.5), (0.2, 0.5))}, "must begin at rising shares"),
         ({"stages": ((1.0, 0.5),)}, "must begin at rising shares"),
+        ({"stages": ((0.999, 0.5),)}, "and leave each stage a step"),
         ({"rounds": 0}, "compress.rounds=0"),
         ({"calibration_batches": -1}, "calibration_batches=-1"),
         ({"method": "magic"}, "unknown method 'magic'"),

@@ -137,8 +137,13 @@ def test_a_model_of_any_class():
     np.testing.assert_array_equal(empty(x), packed(x))
 
 
-def test_saved_and_loaded(tmp_path):
-    layer = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 2, 3))
+ONE_HALF = {"widths": np.full((2, 3), 0.5), "locations": np.zeros((2, 3))}
+
+
+@pytest.mark.parametrize("places", [{}, ONE_HALF, {"widths": np.zeros((2, 3))}])
+def test_saved_and_loaded(places, tmp_path):
+    """Also where nothing is written to a half of the outputs, or to none."""
+    layer = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 2, 3, **places))
     packed, plan = gaudi_jax.harden(layer, tokens=4096)
     gaudi_jax.save(tmp_path / "packed", packed, plan)
     again = gaudi_jax.load(tmp_path / "packed", into=layer)

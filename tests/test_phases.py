@@ -1,6 +1,8 @@
 """Runs in several phases: dense, compressed, compressed again."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax import nnx
 import gaudi_jax
 from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.compression import densify
+from gaudi_jax.compression import layer as layer_module
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import GeneralLinear
 from gaudi_jax.report import summary_table, write_report
@@ -20,7 +23,7 @@ from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.moments import Moments, estimate_moments
 from gaudi_jax.training.phases import phases
 from gaudi_jax.training.tasks import open_task
-from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
+from tests.runs import assert_same, parameters, rows_without_time, steps_saved, stop_at, tiny_config
 
 pytestmark = pytest.mark.slow  # every phase compiles its steps and its searches
 
@@ -76,6 +79,36 @@ def test_resuming_in_any_phase_equals_never_stopping(finished, tmp_path, monkeyp
     assert_same(parameters(tmp_path), parameters(finished))
     resumed = [row for row in rows_without_time(tmp_path) if "resumed_from" not in row]
     assert resumed == rows_without_time(finished)
+
+
+def test_a_signal_while_it_is_compressed_leaves_that_to_the_next_start(
+    finished, tmp_path, monkeypatch
+):
+    search = layer_module.decompose
+
+    def killed(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return search(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_module, "decompose", killed)
+        assert not loop.train(phased_config(), tmp_path)
+    assert steps_saved(tmp_path) == [2]
+    assert not (tmp_path / "plan-2.json").exists()
+    assert loop.train(phased_config(), tmp_path)
+    assert_same(parameters(tmp_path), parameters(finished))
+
+
+def test_learned_blocks_are_found_anew(tmp_path):
+    """The moments of factors that are gone must not become those of others."""
+    config = phased_config(stages=((0.5, 0.4),))
+    config.layer = tiny_config("smoke,layer=gaudi").layer
+    assert loop.train(config, tmp_path)
+    (begun,) = [row for row in read_metrics(tmp_path) if "phase" in row]
+    assert not any(name.startswith("dense_") for name in begun)
+    plan = json.loads((tmp_path / "plan-4.json").read_text())
+    assert plan["multiplications"] <= 0.4 * plan["dense_multiplications"]
+    assert max(entry["num_blocks"] for entry in plan["layers"].values()) < config.model.width
 
 
 @pytest.mark.slow

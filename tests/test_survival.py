@@ -23,16 +23,11 @@ from gaudi_jax.training.checkpoint import Checkpointer
 from gaudi_jax.training.image_task import ImageTask
 from gaudi_jax.training.metrics import MetricLog, read_metrics
 from gaudi_jax.training.stall import StallWatch
-from tests.runs import assert_same, parameters, rows_without_time, stop_at, tiny_config
+from tests.runs import assert_same, parameters, rows_without_time, steps_saved, stop_at, tiny_config
 from tests.test_checkpoint import abstract, make_state, restore, saved  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[1]
 HUGE = 1e4
-
-
-def steps_saved(workdir):
-    names = [path.name for path in (workdir / "checkpoints").iterdir()]
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def infinite_at(monkeypatch, *steps):

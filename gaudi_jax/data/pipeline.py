@@ -6,7 +6,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import grain
@@ -198,6 +200,12 @@ def sheltered(batches: Iterable[Batch]) -> Iterator[Batch]:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield batch
+
+
+def first_batches(iterator: grain.DatasetIterator, count: int) -> Iterator[Any]:
+    """The first batches of an iterator that nothing else uses; it is closed after them."""
+    with closing(iterator):
+        yield from islice(sheltered(iterator), count)
 
 
 def _as_worker(number: int, count: int) -> None:

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from gaudi_jax.compression import densify
 from gaudi_jax.cost import cost
-from gaudi_jax.deploy.command import run_parser
+from gaudi_jax.deploy.command import check_positive, run_parser
 from gaudi_jax.deploy.harden import harden, tokens_of
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.errors import UserError, exit_status
@@ -37,16 +37,14 @@ def main() -> int:
 def deploy(arguments: argparse.Namespace) -> None:
     """Writes the packed model of a run, and prints what the forms of the model take."""
     workdir, batch = arguments.workdir, arguments.batch
-    for name in ("batch", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name}={getattr(arguments, name)} must be at least 1")
+    check_positive(arguments, "batch", "tokens", "repeats")
     model, step = load_with_step(workdir, arguments.step)
     if (workdir / PACKED).exists():
         raise UserError(f"{workdir / PACKED} exists; remove it to pack the run again")
     example = open_task(ConfigDict(read_config(workdir))).example
     packed, plan = harden(
         model,
-        tokens=tokens_of(model, example, batch),
+        tokens=arguments.tokens or tokens_of(model, example, batch),
         backend=arguments.backend,
         autotune=arguments.autotune,
     )

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -29,7 +30,7 @@ CACHE_DIR = "~/.cache/gaudi_jax/layouts"
 OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
 #: Of what is kept; another one where times mean something else.
-FORMAT = 2
+FORMAT = 3
 #: Seconds of what could not be measured.
 UNMEASURED = 1e9
 #: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.
@@ -53,8 +54,8 @@ def fastest(
         layer: the layer.
         machine: model of the device, from which the layouts come.
         tokens: input vectors at once.
-        cache_dir: what was measured is kept here, by layouts, device, dtype and version of JAX. A
-            directory that cannot be written is left alone.
+        cache_dir: what was measured is kept here, by layouts, device, dtype, version of JAX and
+            XLA_FLAGS; remove it to measure again. A directory that cannot be written is left alone.
     """
     packer = Packer(layer)
     choices = _choices(packer, machine, tokens)
@@ -64,11 +65,10 @@ def fastest(
     seconds = _read(file, len(choices))
     if seconds is None:
         seconds = _measure(packer, choices, tokens)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps({"seconds": seconds}) + "\n")
-        except OSError:
-            pass  # measured again the next time
+        if UNMEASURED not in seconds:  # what was in its way may be gone the next time
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, json.dumps({"seconds": seconds}) + "\n")
     return _packed(packer, choices[min(range(len(choices)), key=seconds.__getitem__)])
 
 
@@ -97,8 +97,9 @@ def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
     what = [
         [layer.in_features, layer.out_features, tokens],
         [packer.dtype.name, jnp.dtype(layer.param_dtype).name],
-        # All CPUs are of one kind to JAX.
+        # All CPUs are of one kind to JAX, and flags may leave a process one thread of them.
         [jax.devices()[0].device_kind, platform.node(), os.cpu_count(), jax.__version__],
+        [os.environ.get("XLA_FLAGS", "")],
         [
             choice.layout and choice.layout.to_lists() if isinstance(choice, Compiled) else choice
             for choice in choices

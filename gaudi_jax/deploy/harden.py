@@ -1,6 +1,7 @@
 """Hardening: trained Gaudi layers become packed ones, which hold nothing but their blocks."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from gaudi_jax.deploy.machine import MACHINES
 from gaudi_jax.deploy.pack import pack
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import PackedLinear
+from gaudi_jax.layers.base import is_whole
 from gaudi_jax.training.step import set_sigma
 
 
 def harden(
     model: nnx.Module,
     *,
-    tokens: int = 1024,
+    tokens: int | Mapping[str, int] = 1024,
     backend: str | None = None,
     autotune: bool = False,
     cache_dir: str | Path = CACHE_DIR,
@@ -36,7 +38,8 @@ def harden(
     Args:
         model: any NNX module that holds `GaudiLinear`s, or one of them; it is left as it was.
             Stacked layers and subclasses stay what they are; the plan names them.
-        tokens: input vectors that the layers will get at once, such as batch times sequence.
+        tokens: input vectors that the layers will get at once, such as batch times sequence; or
+            those of each layer by its path (`tokens_of`), where they differ.
         backend: "cpu", "gpu" or "tpu"; None for the one in use.
         autotune: measure some layouts of each layer on this machine, and take the fastest. What was
             measured is kept in cache_dir.
@@ -67,8 +70,9 @@ def harden(
             f"backend={backend!r} cannot be measured on {jax.default_backend()!r}; leave out "
             "autotune, or run there"
         )
-    if not isinstance(tokens, int) or tokens < 1:
-        raise UserError(f"tokens={tokens!r} must be a whole number, at least 1")
+    for number in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
+        if not is_whole(number) or number < 1:
+            raise UserError(f"tokens={number!r} must be a whole number, at least 1")
     result = nnx.clone(model)
     layers, left = find_gaudi(result)
     if not layers:
@@ -80,28 +84,51 @@ def harden(
         value = layer.v.get_value()
         if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
             raise UserError(f"layer {path!r} has no values; give a trained model, outside jax.jit")
+        if isinstance(tokens, Mapping) and path not in tokens:
+            raise UserError(
+                f"tokens has no number for layer {path!r}; see gaudi_jax.deploy.tokens_of"
+            )
+    vectors = {path: _of_layer(tokens, path) for path in layers}
     set_sigma(result, math.inf)  # for layers that are left
     entries = {}
     for path, layer in layers.items():
         if autotune:
-            packed = fastest(layer, MACHINES[backend], tokens, cache_dir)
+            packed = fastest(layer, MACHINES[backend], vectors[path], cache_dir)
         else:
-            packed = pack(layer, MACHINES[backend], tokens)
+            packed = pack(layer, MACHINES[backend], vectors[path])
         entries[path] = _entry(packed)
         become(layer, packed)
     result.eval()
     return Compressed(nnx.clone(result, arrays=True), make_plan(entries, left))
 
 
-def tokens_of(model: nnx.Module, example: jax.ShapeDtypeStruct, batch: int) -> int:
-    """Input vectors that the most used layer of a model gets from a batch.
+def tokens_of(model: nnx.Module, example: jax.ShapeDtypeStruct, batch: int) -> dict[str, int]:
+    """Input vectors that each layer of a model gets from a batch, by its path.
 
     Args:
         model: the model.
         example: one of its inputs, with a batch axis of length 1.
         batch: inputs at once.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gaudi_jax.deploy.harden import tokens_of
+        >>> model = nnx.Sequential(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+        >>> tokens_of(model, jax.ShapeDtypeStruct((1, 10, 4), jnp.float32), 8)
+        {'layers/0': 80}
     """
-    return batch * max(row.applications for row in cost(model, example).layers)
+    rows = cost(model, example).layers
+    # A layer that this input does not reach may be used some other way, one vector at a time.
+    return {row.path: batch * max(row.applications, 1) for row in rows}
+
+
+def _of_layer(tokens: int | Mapping[str, int], path: str) -> int:
+    if not isinstance(tokens, Mapping):
+        return int(tokens)
+    if path not in tokens:
+        raise UserError(f"tokens has no number for layer {path!r}; give one, or one number for all")
+    return int(tokens[path])
 
 
 def _entry(packed: PackedLinear) -> dict[str, Any]:

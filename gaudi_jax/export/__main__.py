@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from gaudi_jax.compression.surgery import find_gaudi
 from gaudi_jax.cost import cost
-from gaudi_jax.deploy.command import run_parser
+from gaudi_jax.deploy.command import check_positive, run_parser
 from gaudi_jax.deploy.harden import harden, tokens_of
 from gaudi_jax.deploy.timing import Running
 from gaudi_jax.errors import UserError, exit_status
@@ -44,15 +44,14 @@ def main() -> int:
 
 def export(arguments: argparse.Namespace) -> None:
     """Writes the file, checks it against the model, and prints what it takes."""
-    if arguments.batch < 1:
-        raise UserError(f"--batch={arguments.batch} must be at least 1")
+    check_positive(arguments, "batch", "tokens")
     if arguments.out.exists():
         raise UserError(f"{arguments.out} exists; remove it or give another file")
     config = ConfigDict(read_config(arguments.workdir))
     model, step = load_with_step(arguments.workdir, arguments.step)
     task = open_task(config)
     if find_gaudi(model)[0]:
-        tokens = tokens_of(model, task.example, arguments.batch)
+        tokens = arguments.tokens or tokens_of(model, task.example, arguments.batch)
         model = harden(model, tokens=tokens, backend=arguments.backend).model
     header = export_model(
         model,

@@ -207,7 +207,12 @@ def composing_pays(tokens: int, factored: int, composing: int, dense: int) -> bo
         >>> composing_pays(10, 30, 100, 16), composing_pays(5, 30, 100, 16)
         (True, False)
     """
-    return composing < tokens * (factored - dense)
+    if factored <= dense:
+        return False
+    try:
+        return composing < tokens * (factored - dense)
+    except jax.errors.InconclusiveDimensionOperation:  # any number of them, in an exported program
+        return True
 
 
 def placed(y: Array, out_sharding: Any) -> Array:

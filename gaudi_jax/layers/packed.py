@@ -122,7 +122,8 @@ class PackedLinear(StructuredLinear):
 
     Attributes:
         v: one matrix (length, columns) for each read; or the cells of the first product.
-        u: one matrix (columns, length) for each write; or the cells of the second.
+        u: one matrix (columns, length) for each write that reads columns; or the cells of the
+            second product.
         dense: kernel of shape (in, out), or None.
         bias: shape (out_features,), or None.
 
@@ -168,7 +169,7 @@ class PackedLinear(StructuredLinear):
         else:
             reads, writes = layout or NOTHING
             first = [zeros(read.length, read.columns) for read in reads]
-            second = [zeros(write.depth, write.length) for write in writes]
+            second = [zeros(write.depth, write.length) for write in writes if write.columns]
         self.v, self.u = nnx.List(first), nnx.List(second)
         self.dense = nnx.data(zeros(in_features, out_features) if layout is None else None)
         self.bias = nnx.data(zeros(out_features) if use_bias else None)
@@ -188,7 +189,8 @@ class PackedLinear(StructuredLinear):
             rows = left[first : first + read.columns]
             v[...] = jnp.roll(rows, -read.start, axis=1)[:, : read.length].T.astype(v.dtype)
             first += read.columns
-        for write, u in zip(writes, self.u, strict=True):
+        written = (write for write in writes if write.columns)
+        for write, u in zip(written, self.u, strict=True):
             run = right[:, write.start : write.start + write.length]
             u[...] = _parts(run.T, write.columns).T.astype(u.dtype)
 
@@ -238,9 +240,15 @@ class PackedLinear(StructuredLinear):
             ),
         ]
         z = jnp.concatenate(hidden, axis=-1)
+        matrices = iter(self.u)
         outputs = [
-            jnp.matmul(_parts(z, write.columns), u[...].astype(x.dtype))
-            for write, u in zip(writes, self.u, strict=True)
+            jnp.matmul(
+                _parts(z, write.columns),
+                next(matrices)[...].astype(x.dtype)
+                if write.columns
+                else jnp.zeros((0, write.length), x.dtype),
+            )
+            for write in writes
         ]
         return placed(jnp.concatenate(outputs, axis=-1), out_sharding)
 

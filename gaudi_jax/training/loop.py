@@ -57,7 +57,7 @@ from gaudi_jax.training.step import (
     split_model,
     state_layout,
 )
-from gaudi_jax.training.stop import Stop, stop_on_sigterm
+from gaudi_jax.training.stop import Stop, Stopped, stop_on_sigterm
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import check_workdir, claim_workdir
 
@@ -167,8 +167,12 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                 else:
                     start = Start(model)
                     if phase.budget is not None:
-                        watch.note(phase.first, "compressing")
-                        start = restructure(model, moments, task, phase, workdir)
+                        watch.note(phase.first, "compressing", long=True)
+                        try:
+                            with stop.at_once():
+                                start = restructure(model, moments, task, phase, workdir)
+                        except Stopped:  # it begins anew from the checkpoint before
+                            break
                         rows.write({"step": phase.first, **start.results})
                     wait_for_all("the plan is written")
                     graphdef = nnx.graphdef(abstract_model(config, phase, workdir))

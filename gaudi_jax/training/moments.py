@@ -7,7 +7,6 @@ of products of factors. Training then goes on without a new warm-up.
 """
 
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gaudi_jax.data.pipeline import first_batches
 from gaudi_jax.layers import GeneralLinear, Structural, StructuredLinear
 from gaudi_jax.training.controllers import names
 from gaudi_jax.training.step import split_model
@@ -104,7 +104,7 @@ def estimate_moments(model: nnx.Module, moments: Moments, task: Task, batches: i
     paths = _by_path(params).keys()
     first, second = ({p: x for p, x in known.items() if p in paths} for known in moments[1:])
     unknown = paths - first.keys()
-    for number, batch in enumerate(islice(task.train_batches(), batches)):
+    for number, batch in enumerate(first_batches(task.train_batches(), batches)):
         arrays = {name: jnp.asarray(array) for name, array in batch.items()}
         found = _by_path(gradients(params, arrays, jax.random.key(number)))
         for path in unknown:

@@ -63,9 +63,10 @@ def phases(config: ConfigDict) -> list[Phase]:
         )
     begins = [(round(share * steps), budget) for share, budget in stages]
     firsts = [first for first, _ in begins]
-    if not all(0 <= share < 1 for share, _ in stages) or firsts != sorted(set(firsts)):
+    if firsts != sorted(set(firsts)) or firsts[0] < 0 or firsts[-1] >= steps:
         raise UserError(
-            f"compress.stages={stages} must begin at rising shares of the {steps} steps, in [0, 1)"
+            f"compress.stages={stages} must begin at rising shares of the {steps} steps, in "
+            "[0, 1), and leave each stage a step"
         )
     if firsts[0] > 0:
         begins.insert(0, (0, None))

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +15,9 @@ from gaudi_jax.compression import compress, densify
 from gaudi_jax.compression.compress import choose_layers
 from gaudi_jax.compression.plan import rebuild
 from gaudi_jax.compression.rules import Rule
+from gaudi_jax.data.pipeline import first_batches
 from gaudi_jax.errors import UserError
+from gaudi_jax.layers import StructuredLinear
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.load import read_plan
 from gaudi_jax.training.moments import Moments, carry_moments, estimate_moments
@@ -87,7 +88,8 @@ def restructure(
     splits = ("validation", "test") if phase.first == 0 else ("validation",)
     results: dict[str, float] = {"phase": phase.number}
     dense = densify(model)
-    if phase.number <= 1:
+    structured = any(isinstance(m, StructuredLinear) for _, m in nnx.iter_modules(model))
+    if not structured:
         results |= _evaluated("dense", model, task, splits)
     elif moments is not None:
         moments = estimate_moments(dense, moments, task, max(options.calibration_batches, 1))
@@ -151,5 +153,6 @@ def _compress_options(config: ConfigDict) -> dict[str, Any]:
 
 def _calibration(task: Task) -> Iterator[Any]:
     """The first training batches as the model reads them: shuffled, so that all classes occur."""
-    for batch in islice(task.train_batches(), task.config.compress.calibration_batches):
+    count = task.config.compress.calibration_batches
+    for batch in first_batches(task.train_batches(), count):
         yield task.inputs({name: jnp.asarray(array) for name, array in batch.items()})

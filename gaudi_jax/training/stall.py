@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -28,7 +29,7 @@ class Doing(NamedTuple):
     Attributes:
         step: that it makes.
         what: such as "reading data".
-        since: seconds since the epoch, by the clock of its host.
+        since: seconds since the epoch, by the clock of its host; infinite where it may take long.
         heard: when it last said so, likewise.
         host: its name.
     """
@@ -80,9 +81,11 @@ class StallWatch:
         self._end.set()
         self._thread.join()
 
-    def note(self, step: int, what: str) -> None:
-        """Says what this process does from now on."""
+    def note(self, step: int, what: str, *, long: bool = False) -> None:
+        """Says what this process does from now on; `long` if it may take any time."""
         self._doing = self._now(step, what)
+        if long:
+            self._doing = self._doing._replace(since=math.inf)
 
     def through(self, items: Iterable[Any], step: int, what: str) -> Iterator[Any]:
         """Items of a long work, each of which shows that it goes on."""

@@ -4,18 +4,45 @@ import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+
+class Stopped(Exception):  # noqa: N818, since nothing is wrong
+    """A stop was asked for in the middle of work that is to be left at once."""
 
 
 class Stop:
     """Whether the run has been asked to stop."""
 
     requested = False
+    _at_once = False
     #: How often any run of this process has looked: JAX tells all processes at the same number,
     #: which a dense phase before this one must not have used up.
     looks = itertools.count(1)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that is left when a stop is asked for: what is made of it is not saved half done.
+
+        Raises:
+            Stopped: that happened, in a run of one process. Several end the work together.
+        """
+        self._at_once = True
+        try:
+            if self.requested:
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
+
+    def request(self, *_: Any) -> None:
+        """Asks for it; the handler of a signal."""
+        self.requested = True
+        if self._at_once:
+            raise Stopped
 
     def look(self) -> bool:
         """Asks whether any of several processes got the signal; all are told at the same step."""
@@ -33,10 +60,7 @@ def stop_on_sigterm() -> Iterator[Stop]:
         yield stop
         return
 
-    def request(signum, frame):
-        stop.requested = True
-
-    previous = signal.signal(signal.SIGTERM, request)
+    previous = signal.signal(signal.SIGTERM, stop.request)
     try:
         yield stop
     finally:

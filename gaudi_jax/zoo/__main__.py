@@ -23,6 +23,7 @@ from tabulate import tabulate
 from gaudi_jax.compression import densify
 from gaudi_jax.compression.surgery import find_gaudi
 from gaudi_jax.cost import cost
+from gaudi_jax.deploy.command import check_positive
 from gaudi_jax.deploy.harden import harden, tokens_of
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.errors import UserError, exit_status
@@ -90,8 +91,7 @@ def listed() -> str:
 def publish(arguments: argparse.Namespace) -> None:
     """Writes a folder, reads it again and measures it; it has its name when it is complete."""
     workdir, folder = arguments.workdir, arguments.out
-    if arguments.batch < 1:
-        raise UserError(f"--batch={arguments.batch} must be at least 1")
+    check_positive(arguments, "batch")
     if folder.exists():
         raise UserError(f"{folder} exists; remove it or give another folder")
     config = ConfigDict(read_config(workdir))
