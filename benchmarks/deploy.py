@@ -8,10 +8,10 @@
 *layers*: the three shapes of ViT-B, on 1576 tokens (8 images). The kernels are those of
 ``benchmarks/decompose.py``, like trained attention layers; the blocks are found by `decompose`.
 *curve*: the same over a range of costs, and a picture of error against measured time,
-``benchmarks/results/deploy-curve.png``. *vit*: ViT-B/16 forward on 8 images. *gpt2*: GPT-2 small,
-greedy decoding of one row (``--gpt2-budget 0.44`` in its linear layers). Each model holds one
-kernel per shape in all of its layers, which changes its function, and not its time. The blocks are
-kept in ``--blocks FOLDER``, where a search need not be made again.
+``benchmarks/results/deploy-curve-BACKEND.png``. *vit*: ViT-B/16 forward on 8 images. *gpt2*: GPT-2
+small, greedy decoding of one row (``--gpt2-budget 0.44`` in its linear layers). Each model holds
+one kernel per shape in all of its layers, which changes its function, and not its time. The blocks
+are kept in ``--blocks FOLDER``, where a search need not be made again.
 
 All forms of a model are measured in one process, interleaved and warm; times are medians. The
 packed form is compared with the dense product of the same blocks in the same run. Where a layer
@@ -74,7 +74,10 @@ def gaudi(
 
 @cache
 def low_rank(n: int, m: int, cost: int) -> LowRankLinear:
-    layer = LowRankLinear(n, m, rank=cost // (n + m), rngs=nnx.Rngs(0))
+    rank = cost // (n + m)
+    if jax.default_backend() != "cpu":  # matrix units are slow on other ranks
+        rank = max(8 * round(rank / 8), 8)
+    layer = LowRankLinear(n, m, rank=rank, rngs=nnx.Rngs(0))
     layer.set_kernel(trained_like(n, m))
     return layer
 
@@ -141,7 +144,7 @@ def curve(args: argparse.Namespace) -> None:
         axes.set(title=own[0][0], xlabel="time over dense", ylabel="relative error", yscale="log")
         axes.axvline(1, color="grey", linewidth=0.8)
     axes.legend()
-    figure.savefig(RESULTS / "deploy-curve.png")
+    figure.savefig(RESULTS / f"deploy-curve-{jax.default_backend()}.png")
 
 
 def show(rows: list[tuple]) -> None:
@@ -250,7 +253,12 @@ def report(name: str, seconds: dict[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["layers", "vit", "gpt2"])
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["layers", "curve", "vit", "gpt2"],
+        default=["layers", "vit", "gpt2"],
+    )
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--gpt2-budget", type=float, default=0.44)
     parser.add_argument("--granularity", type=int, default=64)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from runs import RESULTS, ROOT, Row, Table, block_cost, layer_costs, run_all, train
+from runs import RESULTS, ROOT, Row, RunError, Table, block_cost, layer_costs, run_all, train
 from tables import differences, standard_error, with_error
 from tabulate import tabulate
 
@@ -112,7 +112,7 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
         for part, full_width in task.full_width.items()
         for option in ("widths=random", "locations=random", f"density={full_width * budget}")
     ]
-    return {
+    known = {
         "dense": ("layer=dense", ()),
         "low-rank, uniform": (f"layer=low_rank,{scratch}", ()),
         "low-rank, search": (f"layer=low_rank,recipe=search,{own}", ()),
@@ -125,7 +125,7 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
         ),
         "Gaudi, paper": (
             "layer=gaudi,recipe=paper",
-            (f"--config.controller.target={task.paper_targets[budget]}",),
+            (f"--config.controller.target={task.paper_targets.get(budget)}",),
         ),
         SEARCH: (search, ()),
         GRID: (
@@ -137,6 +137,10 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
             (
                 f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
                 f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
+                "--config.controller.name=budget",
+                f"--config.controller.target={budget}",
+                "--config.controller.begin=0.0",
+                "--config.controller.end=0.4",
             ),
         ),
         VARIANT + "half of the way first": (
@@ -163,6 +167,9 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
         },
         VARIANT + "uniform budgets": (search, ("--config.compress.allocation=uniform",)),
     }
+    if budget not in task.paper_targets:  # nobody knows where it would end
+        del known["Gaudi, paper"]
+    return known
 
 
 def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Sequence[str]) -> Row:
@@ -195,10 +202,15 @@ def _matched(name: str, budget: float, seed: int) -> list[str]:
     """Each layer's budget from what it costs in the Gaudi run, in whole columns, rounded up."""
     wanted = name, SEARCH, f"{budget}", f"{seed}"
     row = next(
-        row
-        for row in FINISHED.rows()
-        if (row["task"], row["method"], row["budget"], row["seed"]) == wanted
+        (
+            row
+            for row in FINISHED.rows()
+            if (row["task"], row["method"], row["budget"], row["seed"]) == wanted
+        ),
+        None,
     )
+    if row is None:
+        raise RunError(f"{MATCHED} needs the run {', '.join(wanted)}; run it before")
     rules = []
     for path, (n, m, cost) in json.loads(row["layers"]).items():
         if path.startswith("blocks"):

@@ -27,10 +27,11 @@ Row = dict[str, Any]
 
 
 class RunError(Exception):
-    """A command of a study failed."""
+    """A run of a study failed, or cannot begin."""
 
-    def __init__(self, command: Sequence[str], printed: str):
-        super().__init__(f"{' '.join(command)} failed:\n{printed[-2000:]}")
+
+def failed(command: Sequence[str], printed: str) -> RunError:
+    return RunError(f"{' '.join(command)} failed:\n{printed[-2000:]}")
 
 
 def train(
@@ -61,7 +62,7 @@ def train(
             command, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True, text=True
         )
         if done.returncode:
-            raise RunError(command, done.stderr)
+            raise failed(command, done.stderr)
         summary = json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8"))
         if keep is not None and (Path(workdir) / "masks.png").exists():
             keep.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from learning import Task, checked, tasks
 from matplotlib.figure import Figure
-from runs import ONE_CORE, RESULTS, ROOT, Row, RunError, Table, block_cost, run_all, train
+from runs import ONE_CORE, RESULTS, ROOT, Row, Table, block_cost, failed, run_all, train
 from tables import differences, standard_error, verdict, with_error
 from tabulate import tabulate
 
@@ -82,7 +82,7 @@ def latency(workdir: str) -> Row:
             command, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True, text=True
         )
         if done.returncode:
-            raise RunError(command, done.stderr)
+            raise failed(command, done.stderr)
         measured.append(json.loads(done.stdout.splitlines()[-1]))
     return {name: statistics.median(times[name] for times in measured) for name in measured[0]}
 

@@ -272,6 +272,10 @@ def test_what_does_not_fit_is_one_sentence(exported, tmp_path, workdir, monkeypa
         assert done.stderr.count("\n") == 1
     with pytest.raises(ValueError, match=r"shape \(2, 9, 8, 1\) and dtype float64 do not fit"):
         load_exported(exported)(np.zeros((2, 9, 8, 1)))
+    with pytest.raises(ValueError, match="dtype uint8 do not fit"):  # pixels as they are
+        load_exported(exported)(np.zeros((2, 8, 8, 1), np.uint8))
+    data = read(exported)[0]["card"]["data"]
+    assert {"mean", "std", "crop_fraction"} <= set(data)
     only_tpu = tmp_path / "tpu"
     model = gaudi_jax.load(workdir)
     with pytest.raises(UserError, match=r"pack them with gaudi_jax\.harden"):

@@ -26,7 +26,7 @@ def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
             while len(table.rows()) < 2:
                 time.sleep(0.01)
         if name == "failing":
-            raise runs.RunError(["main.py", name], "no such file")
+            raise runs.failed(["main.py", name], "no such file")
         return {"name": name, "not a column": 1}
 
     with pytest.raises(SystemExit, match=r"main.py failing failed:\nno such file"):

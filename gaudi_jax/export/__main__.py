@@ -29,6 +29,11 @@ from gaudi_jax.training.workdir import read_config
 #: Largest difference to the model's own outputs, over their largest value.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 MEBI = 2**20
+#: Of a config's data, for the card: images are resized, cropped and normalised, texts cut up.
+DATA = (
+    *("name", "image_size", "crop_fraction", "mean", "std"),
+    *("tokenizer", "vocabulary_digest", "block"),
+)
 
 
 def main() -> int:
@@ -71,8 +76,10 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _card(model: nnx.Module, task: Task, step: int) -> dict[str, Any]:
+    """What the model is, and what is done to data before it reads them."""
     return {
         "task": task.describe(),
+        "data": {name: task.config.data[name] for name in DATA if name in task.config.data},
         "step": step,
         "seed": task.config.seed,
         "relative_multiplications": cost(model, task.example).relative,

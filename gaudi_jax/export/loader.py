@@ -60,14 +60,18 @@ def load_exported(file: str | Path) -> Callable[[Any], jax.Array]:
 
     def run(inputs: Any) -> jax.Array:
         inputs = inputs if isinstance(inputs, jax.Array) else np.asarray(inputs)
-        same_kind = np.can_cast(inputs.dtype, jax.numpy.dtype(header["input_dtype"]), "same_kind")
-        if list(inputs.shape[1:]) != sizes or not inputs.shape[0] or not same_kind:
+        wanted = jax.numpy.dtype(header["input_dtype"])
+        # Whole numbers are no images that are ready: pixels are normalised before.
+        fits = jax.numpy.issubdtype(inputs.dtype, jax.numpy.integer) == jax.numpy.issubdtype(
+            wanted, jax.numpy.integer
+        ) and np.can_cast(inputs.dtype, wanted, "same_kind")
+        if list(inputs.shape[1:]) != sizes or not inputs.shape[0] or not fits:
             raise ValueError(
                 f"inputs of shape {inputs.shape} and dtype {inputs.dtype} do not fit; the model "
                 f"reads ({', '.join(map(str, header['input_shape']))}) of {header['input_dtype']}, "
                 "b at least 1"
             )
-        return call(weights, inputs.astype(header["input_dtype"]))
+        return call(weights, inputs.astype(wanted))
 
     run.header = header  # type: ignore[attr-defined]
     return run

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from gaudi_jax.compression.surgery import find_gaudi
 from gaudi_jax.cost import cost
 from gaudi_jax.deploy.harden import harden, tokens_of
+from gaudi_jax.deploy.machine import MACHINES
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import Sigma
 from gaudi_jax.report.curves import plot_curves
@@ -65,7 +66,7 @@ def write_report(
         config.data.stride = stride
     rows = read_metrics(workdir)
     choice = config.evaluate_checkpoint if step is None else step
-    model, steps = load_with_step(workdir, None if choice == "last" else choice)
+    model, steps = load_with_step(workdir, choice)
     task = open_task(config)
     packed = choice == PACKED
     results = _test_results(model, task, "packed") if packed else _all_test_results(model, task)
@@ -135,7 +136,7 @@ def _all_test_results(model: nnx.Module, task: Task) -> dict[str, float]:
     # What a language model is judged by, under its short name too.
     if "test_perplexity_hard" in results:
         results["perplexity"] = results["test_perplexity_hard"]
-    if find_gaudi(model)[0]:
+    if find_gaudi(model)[0] and jax.default_backend() in MACHINES:
         tokens = tokens_of(model, task.example, task.config.data.batch_size)
         packed = harden(model, tokens=tokens).model
         results |= _test_results(packed, task, "packed")

@@ -37,7 +37,7 @@ def load(
             directory, ``zoo:NAME`` of one that comes with the package (`gaudi_jax.zoo.names`), or
             ``hf:OWNER/NAME`` of one on the Hugging Face hub.
         step: step of the run's checkpoint, "best" (by validation accuracy, or loss), "packed" (what
-            ``python -m gaudi_jax.deploy`` made of one), or None for the newest.
+            ``python -m gaudi_jax.deploy`` made of one), or "last" or None for the newest.
         into: for a saved model, one like that which was compressed (dense) or packed (with Gaudi
             layers); shapes are enough (``nnx.eval_shape``). It is left as it was. None for the
             model of a run.
@@ -78,6 +78,7 @@ def load_with_step(
 ) -> tuple[nnx.Module, int]:
     """As `load`, with the step of the checkpoint beside the model."""
     workdir = Path(workdir)
+    step = None if step == "last" else step
     if into is None and step == PACKED:
         return _load_packed(workdir)
     if into is None:
