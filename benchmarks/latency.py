@@ -21,7 +21,7 @@ from gaudi_jax.compression import densify
 from gaudi_jax.compression.surgery import become
 from gaudi_jax.deploy.harden import tokens_of
 from gaudi_jax.deploy.timing import Running, interleaved_medians
-from gaudi_jax.layers.base import StructuredLinear
+from gaudi_jax.layers import PackedLinear, StructuredLinear
 from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -43,11 +43,11 @@ def main() -> None:
 
 def fastest(model: nnx.Module, tokens: dict[str, int], repeats: int) -> nnx.Module:
     """A model whose structured layers have the forms that are fastest here."""
-    if any(isinstance(module, GaudiLinear) for _, module in nnx.iter_modules(model)):
-        return gaudi_jax.harden(model, tokens=tokens, autotune=True).model
     result = nnx.clone(model)
+    if any(isinstance(module, GaudiLinear) for _, module in nnx.iter_modules(model)):
+        result = gaudi_jax.harden(model, tokens=tokens, autotune=True).model
     for path, layer in list(nnx.iter_modules(result)):
-        if isinstance(layer, StructuredLinear):
+        if isinstance(layer, StructuredLinear) and not isinstance(layer, PackedLinear):
             vectors = tokens["/".join(map(str, path))]
             dense, x = densify(layer), jnp.zeros((vectors, layer.in_features), layer.dtype)
             forms = {"dense": Running(dense, x), "own": Running(layer, x)}

@@ -1,7 +1,6 @@
 """Runs of ``main.py`` for the studies: two at a time, one core each; finished rows are kept."""
 
 import csv
-import functools
 import json
 import os
 import subprocess
@@ -50,7 +49,7 @@ def train(
         measure: what else is read off the workdir, which is gone afterwards.
     """
     with tempfile.TemporaryDirectory() as workdir:
-        start = time.perf_counter()
+        start, code = time.perf_counter(), commit()
         command = [
             sys.executable,
             "main.py",
@@ -69,18 +68,22 @@ def train(
             keep.write_bytes((Path(workdir) / "masks.png").read_bytes())
         summary["seconds"] = round(time.perf_counter() - start)
         summary |= {
-            "commit": commit(),
+            "commit": code,
             "jax": summary["versions"]["jax"],
             "date": date.today().isoformat(),
         }
         return summary | (measure(workdir) if measure else {})
 
 
-@functools.cache
 def commit() -> str:
-    """The code's, with a mark where it has been changed since."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The code's, with a mark where it has been changed since; rows of results are no code."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changes = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(changes)
 
 
 def layer_costs(summary: Row) -> dict[str, tuple[int, int, int]]:
@@ -134,11 +137,15 @@ def run_all(jobs: Sequence[Any], function: Callable[..., Row], table: Table) -> 
     """
     failures = []
     with ThreadPoolExecutor(2) as pool, tqdm(total=len(jobs), unit="run") as bar:
-        for done in as_completed([pool.submit(function, *job) for job in jobs]):
-            try:
-                table.append(done.result())
-            except RunError as failure:
-                failures.append(str(failure))
-            bar.update()
+        try:
+            for done in as_completed([pool.submit(function, *job) for job in jobs]):
+                try:
+                    table.append(done.result())
+                except Exception as failure:
+                    failures.append(f"{type(failure).__name__}: {failure}")
+                bar.update()
+        except BaseException:  # such as an interrupt
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failures:
         raise SystemExit("\n".join(failures))

@@ -26,7 +26,7 @@ def differences(rows: Sequence[Row], others: Sequence[Row], column: str) -> list
 
 
 def verdict(numbers: Sequence[float], ahead: str, behind: str) -> str:
-    """Who has less, by differences: tied within one standard error, or one seed for nobody."""
+    """Who has less, by differences: tied within one standard error; one seed says nothing."""
     if len(numbers) < 2:
         return "one seed"
     mean, error = float(np.mean(numbers)), standard_error(numbers)

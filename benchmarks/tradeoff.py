@@ -129,9 +129,10 @@ def paired_table(rows: Sequence[Row]) -> str:
         ours = [row for row in rows if (row["method"], row["budget"]) == ("Gaudi", budget)]
         if ours and method != "Gaudi":
             pairs = [differences(chosen, ours, f"{split}_loss") for split in ("validation", "test")]
-            cells = [with_error(pair, 4) for pair in pairs if pair]
-            lines.append((method, budget, *cells, verdict(pairs[-1], "Gaudi", method)))
-    headers = ("less Gaudi", "budget", "validation loss", "test loss", "who has less of the latter")
+            if pairs[0]:
+                cells = [with_error(pair, 4) for pair in pairs]
+                lines.append((method, budget, *cells, verdict(pairs[1], "Gaudi", method)))
+    headers = ("less Gaudi", "budget", "validation loss", "test loss", "less test loss")
     return tabulate(lines, headers, tablefmt="github")
 
 

@@ -149,10 +149,10 @@ def test_autotune_takes_what_was_fastest_and_keeps_it(tmp_path, monkeypatch):
         assert json.loads(file.read_text())["seconds"] == seconds
 
 
-def test_what_could_not_be_measured_is_measured_again(tmp_path, monkeypatch):
+def test_what_found_no_room_is_measured_again(tmp_path, monkeypatch):
     layer = layer_of(3, (8, 8), (8, 8), 1, 12)
     count = len(autotune._choices(Packer(layer), EVEN, 64))
-    seconds = [1.0, *[autotune.UNMEASURED] * (count - 1)]
+    seconds = [1.0, *[autotune.NO_ROOM] * (count - 1)]
     monkeypatch.setattr(autotune, "_measure", lambda *_: seconds)
     autotune.fastest(layer, EVEN, 64, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -39,12 +39,16 @@ def test_a_process_that_is_not_heard_from_is_named(tmp_path, two_processes):
         assert line == "process 1 on host1 has not been heard from for 100 s (computing)"
 
 
-def test_long_work_is_no_stall(tmp_path):
+def test_long_work_has_longer(tmp_path, two_processes):
     with StallWatch(tmp_path, 60) as watch:
-        watch.note(5, "compressing", long=True)
-        assert watch.stalled() == []
-        (tmp_path / stall.FOLDER).joinpath("1.json").write_text(json.dumps(watch._doing))
-        assert watch._read(1).since == float("inf")
+        watch.note(5, "compressing", patience=10)
+        for seconds, stalls in ((100, 0), (700, 1)):
+            since = time.time() - seconds
+            write(tmp_path, 1, what="compressing", since=since, host="host1")
+            text = (tmp_path / stall.FOLDER / "1.json").read_text()
+            doing = [*json.loads(text), watch._doing.patience]
+            (tmp_path / stall.FOLDER / "1.json").write_text(json.dumps(doing))
+            assert len(watch.stalled()) == stalls
 
 
 def test_what_an_earlier_start_left_is_no_news(tmp_path, two_processes):

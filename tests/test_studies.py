@@ -29,7 +29,7 @@ def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
             raise runs.failed(["main.py", name], "no such file")
         return {"name": name, "not a column": 1}
 
-    with pytest.raises(SystemExit, match=r"main.py failing failed:\nno such file"):
+    with pytest.raises(SystemExit, match=r"RunError: main.py failing failed:\nno such file"):
         runs.run_all([(name,) for name in ("slow", "failing", "a", "b")], job, table)
     assert [row["name"] for row in table.rows()] == ["a", "b", "slow"]
 

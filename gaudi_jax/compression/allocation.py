@@ -27,7 +27,7 @@ class Curve(NamedTuple):
         step: multiplications of one component.
         floor: the fewest multiplications that the layer may get.
         cap: the most.
-        whole: whether a part of a component buys nothing.
+        whole: whether a part of a component buys nothing; the floor then buys the first one.
     """
 
     gains: np.ndarray
@@ -61,19 +61,23 @@ def share_out(curves: Sequence[Curve], total: int) -> list[int]:
     owner, price, pieces = [], [], []
     for index, curve in enumerate(curves):
         # Where the components begin and end; what is not theirs up to the cap is worth nothing.
-        ends = np.append(curve.step * np.arange(len(curve.gains) + 1), max(curve.cap, 0))
+        first, worth = (curve.floor, curve.gains[1:]) if curve.whole else (0, curve.gains)
+        ends = np.append(first + curve.step * np.arange(len(worth) + 1), max(curve.cap, 0))
         ends = np.clip(np.maximum.accumulate(ends), curve.floor, curve.cap)
         pieces.append(np.diff(ends))
-        price.append(np.append(curve.gains / curve.step, 0.0))
+        price.append(np.append(worth / curve.step, 0.0))
         owner.append(np.full(len(pieces[-1]), index))
     order = np.argsort(-np.concatenate(price), kind="stable")
     lengths = np.concatenate(pieces)[order]
     owners = np.concatenate(owner)[order]
     costs = [curve.floor for curve in curves]
     left = total - sum(costs)
+    full = set()
     for index, length in zip(owners.tolist(), lengths.tolist(), strict=True):
         taken = min(length, left)
-        if taken == length or not curves[index].whole:
+        if curves[index].whole and taken < length:
+            full.add(index)
+        if index not in full:
             costs[index] += taken
             left -= taken
     return costs

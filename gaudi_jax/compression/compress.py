@@ -1,10 +1,8 @@
 """Compression of a trained network: from dense layers to structured ones under a budget."""
 
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
@@ -23,9 +21,6 @@ from gaudi_jax.decomposition.decompose import ROUNDS, affordable
 from gaudi_jax.errors import UserError
 
 Allocation = Literal["uniform", "global"]
-
-#: Most layers that are decomposed at once; each may take some hundreds of MB.
-WORKERS = 4
 
 
 class Compressed(NamedTuple):
@@ -159,31 +154,22 @@ def _solve(
     key: Array | None,
     progress: bool,
 ) -> dict[str, Solution]:
-    """Decomposes all layers, several at once: a search leaves most of a processor idle."""
-    # The first layer of each shape compiles what the others share.
-    firsts: dict[Any, str] = {}
-    for path, layer in layers.items():
-        firsts.setdefault((layer.shape, layer.choice), path)
-    others = [path for path in layers if path not in firsts.values()]
+    """Decomposes all layers, one after the other.
+
+    Two at once are no faster on two cores, and wait for each other for ever: XLA's linear algebra
+    on CPUs runs in the threads of the pool whose threads it waits for.
+    """
     weights = {path: math.prod(layer.shape) for path, layer in layers.items()}
     solutions: dict[str, Solution] = {}
-
-    def solve(path: str) -> tuple[str, Solution]:
-        return path, layers[path].solve(costs[path], rounds, key)
-
-    with (
-        ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool,
-        tqdm(
-            total=sum(weights.values()),
-            disable=not progress,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-        ) as bar,
-    ):
-        for paths in (firsts.values(), others):
-            for path, solution in pool.map(solve, paths):
-                solutions[path] = solution
-                bar.set_description_str(f"compress {len(solutions)}/{len(layers)} {path}")
-                bar.update(weights[path])
+    with tqdm(
+        total=sum(weights.values()),
+        disable=not progress,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+    ) as bar:
+        for number, (path, layer) in enumerate(layers.items(), 1):
+            bar.set_description_str(f"compress {number}/{len(layers)} {path}")
+            solutions[path] = layer.solve(costs[path], rounds, key)
+            bar.update(weights[path])
     return solutions
 
 

@@ -196,8 +196,8 @@ def _check_effects(rules: Sequence[Rule], default: Rule) -> None:
     for rule, its_methods in asked:
         for name in ("rank", "granularity", "blocks"):
             value = getattr(rule, name)
-            used = any(name in USED_BY[method] for method in its_methods)
-            if value not in (None, 1, (1, 1)) and not used:
+            usual = value is None or np.all(np.asarray(value) == 1)
+            if its_methods and not usual and not any(name in USED_BY[m] for m in its_methods):
                 useful = [repr(method) for method, names in USED_BY.items() if name in names]
                 raise UserError(
                     f"{name}={value} has no effect on method={its_methods[0]!r}; leave it out, or "

@@ -31,8 +31,8 @@ OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
 #: Of what is kept; another one where times mean something else.
 FORMAT = 3
-#: Seconds of what could not be measured.
-UNMEASURED = 1e9
+#: Seconds of what this device or version does not take, and of what found too little memory.
+REFUSED, NO_ROOM = 1e9, 2e9
 #: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.
 TILES = (
     (128, ((256, 4, 1), (256, 4, 1))),
@@ -65,7 +65,7 @@ def fastest(
     seconds = _read(file, len(choices))
     if seconds is None:
         seconds = _measure(packer, choices, tokens)
-        if UNMEASURED not in seconds:  # what was in its way may be gone the next time
+        if NO_ROOM not in seconds:  # there may be some the next time
             with suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps({"seconds": seconds}) + "\n")
@@ -126,17 +126,19 @@ def _measure(packer: Packer, choices: list[Choice], tokens: int) -> list[float]:
 
     times = 1 if jax.default_backend() == "cpu" else 50
 
-    def make(choice: Choice) -> Running | None:
+    def make(choice: Choice) -> Running | float:
         try:
             return Running(_packed(packer, choice), x, times=times)
         except Exception as error:  # a kernel that this GPU or version does not take
             if isinstance(choice, Compiled):
                 raise
             log.warning("tiles %s cannot be measured: %s", choice, reason(error))
-            return None
+            return NO_ROOM if "RESOURCE_EXHAUSTED" in str(error) else REFUSED
 
     with ThreadPoolExecutor() as pool:  # compilation takes longer than the measurement
         made = dict(enumerate(pool.map(make, choices)))
-    layers = {index: running for index, running in made.items() if running}
-    medians = interleaved_medians(layers, REPEATS)
-    return [medians.get(index, UNMEASURED) for index in range(len(choices))]
+    running = {index: layer for index, layer in made.items() if isinstance(layer, Running)}
+    medians = interleaved_medians(running, REPEATS)
+    return [
+        medians[index] if isinstance(layer, Running) else layer for index, layer in made.items()
+    ]

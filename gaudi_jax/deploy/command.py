@@ -26,8 +26,8 @@ def run_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens",
         type=int,
-        help="input vectors that a layer gets at once, where that is no whole batch: the rows that "
-        "are decoded",
+        help="input vectors that a layer gets at once, by default those of a whole batch; for "
+        "decoding, the number of rows",
     )
     parser.add_argument("--backend", choices=MACHINES, help="where it will run; by default here")
     return parser

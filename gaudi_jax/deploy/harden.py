@@ -84,10 +84,6 @@ def harden(
         value = layer.v.get_value()
         if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
             raise UserError(f"layer {path!r} has no values; give a trained model, outside jax.jit")
-        if isinstance(tokens, Mapping) and path not in tokens:
-            raise UserError(
-                f"tokens has no number for layer {path!r}; see gaudi_jax.deploy.tokens_of"
-            )
     vectors = {path: _of_layer(tokens, path) for path in layers}
     set_sigma(result, math.inf)  # for layers that are left
     entries = {}

@@ -106,6 +106,7 @@ class BlockSparseLinear(GridLinear):
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        blocks = self.blocks
         if blocks.bit_count() != 1:
             raise UserError(
                 f"blocks={blocks} must be a power of two for a butterfly; use "

@@ -62,7 +62,7 @@ class GridLinear(StructuredLinear):
             )
         self.in_features = in_features
         self.out_features = out_features
-        self.blocks = blocks
+        self.blocks = int(blocks)
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype

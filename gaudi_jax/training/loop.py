@@ -63,6 +63,9 @@ from gaudi_jax.training.workdir import check_workdir, claim_workdir
 
 log = logging.getLogger(__name__)
 
+#: A search takes longer than a step: so many times train.stall_seconds it is left in peace.
+PATIENCE = 10
+
 
 def train(config: ConfigDict, workdir: str | Path) -> bool:
     """Trains the model of a config in a workdir, or continues the run that the workdir holds.
@@ -167,7 +170,7 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                 else:
                     start = Start(model)
                     if phase.budget is not None:
-                        watch.note(phase.first, "compressing", long=True)
+                        watch.note(phase.first, "compressing", patience=PATIENCE)
                         try:
                             with stop.at_once():
                                 start = restructure(model, moments, task, phase, workdir)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import socket
 import threading
 import time
@@ -29,9 +28,10 @@ class Doing(NamedTuple):
     Attributes:
         step: that it makes.
         what: such as "reading data".
-        since: seconds since the epoch, by the clock of its host; infinite where it may take long.
+        since: seconds since the epoch, by the clock of its host.
         heard: when it last said so, likewise.
         host: its name.
+        patience: how many limits it may do that before it counts as stalled.
     """
 
     step: int
@@ -39,6 +39,7 @@ class Doing(NamedTuple):
     since: float
     heard: float
     host: str
+    patience: int = 1
 
 
 class StallWatch:
@@ -81,11 +82,9 @@ class StallWatch:
         self._end.set()
         self._thread.join()
 
-    def note(self, step: int, what: str, *, long: bool = False) -> None:
-        """Says what this process does from now on; `long` if it may take any time."""
-        self._doing = self._now(step, what)
-        if long:
-            self._doing = self._doing._replace(since=math.inf)
+    def note(self, step: int, what: str, *, patience: int = 1) -> None:
+        """Says what this process does from now on, and how many limits it may take."""
+        self._doing = self._now(step, what)._replace(patience=patience)
 
     def through(self, items: Iterable[Any], step: int, what: str) -> Iterator[Any]:
         """Items of a long work, each of which shows that it goes on."""
@@ -100,7 +99,8 @@ class StallWatch:
         for number in range(jax.process_count()):
             doing = self._read(number) or self._never_heard
             silent, same = now - doing.heard, now - doing.since
-            if max(silent, same) < self._limit or self._told.get(number) == doing[:2]:
+            stalled = silent >= self._limit or same >= doing.patience * self._limit
+            if not stalled or self._told.get(number) == doing[:2]:
                 continue
             self._told[number] = doing[:2]
             who = f"process {number} on {doing.host}" if jax.process_count() > 1 else "the run"

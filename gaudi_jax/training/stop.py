@@ -10,8 +10,8 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Stopped(Exception):  # noqa: N818, since nothing is wrong
-    """A stop was asked for in the middle of work that is to be left at once."""
+class Stopped(BaseException):
+    """A stop was asked for in the middle of work that is left at once: an interrupt, no error."""
 
 
 class Stop:
@@ -42,6 +42,7 @@ class Stop:
         """Asks for it; the handler of a signal."""
         self.requested = True
         if self._at_once:
+            self._at_once = False  # the work is left in peace
             raise Stopped
 
     def look(self) -> bool:
