@@ -95,28 +95,21 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return result
 
 
-def numbers(rows: Sequence[Row], measure: str, dense_ms: float) -> dict[str, list[float]]:
+def numbers(rows: Sequence[Row], measure: str) -> dict[str, list[float]]:
     """What the tables and pictures show of some rows, a number for each."""
     return {
         "validation": [float(row[f"validation_{measure}"]) for row in rows],
         "test": [float(row[f"test_{measure}"]) for row in rows],
         "cost": [float(row["cost"]) for row in rows],
-        "time": [float(row["deployed_ms"]) / dense_ms for row in rows],
+        "time": [float(row["deployed_ms"]) / float(row["dense_ms"]) for row in rows],
     }
-
-
-def dense_time(rows: Sequence[Row]) -> float:
-    """One time of the dense model for all rows: its times in single processes differ most."""
-    return statistics.median(float(row["dense_ms"]) for row in rows)
 
 
 def table(rows: Sequence[Row], measure: str) -> str:
     """All measures, with standard errors."""
     lines = []
     for (method, budget), chosen in by_budget(rows):
-        cells = [
-            with_error(values, 4) for values in numbers(chosen, measure, dense_time(rows)).values()
-        ]
+        cells = [with_error(values, 4) for values in numbers(chosen, measure).values()]
         lines.append((method, budget, len(chosen), *cells))
     headers = ("layers", "budget", "seeds", f"validation {measure}", f"test {measure}")
     return tabulate(lines, (*headers, "cost", "time over dense"), tablefmt="github")
@@ -142,13 +135,11 @@ def by_budget(rows: Sequence[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
 
 def plot(rows: Sequence[Row], task: str, measure: str, folder: Path) -> None:
     """Test results against cost and against time, with standard errors."""
-    figure, dense_ms = Figure(figsize=(11, 4.5), dpi=100, layout="constrained"), dense_time(rows)
+    figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for method in METHODS:
         points = [
-            numbers(chosen, measure, dense_ms)
-            for (name, _), chosen in by_budget(rows)
-            if name == method
+            numbers(chosen, measure) for (name, _), chosen in by_budget(rows) if name == method
         ]
         for axes, x in zip(panels, ("cost", "time"), strict=True):
             if points:
