@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 import time
 from pathlib import Path
 
@@ -12,9 +13,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def study(monkeypatch):
-    """Imports a module of benchmarks/, whose scripts see one another."""
+    """Imports a module of benchmarks/, whose scripts see one another under their plain names."""
+    names = [path.stem for path in BENCHMARKS.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
