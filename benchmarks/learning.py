@@ -32,7 +32,7 @@ from tabulate import tabulate
 COLUMNS = (
     *("task", "method", "budget", "seed", "seconds"),
     *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"),
-    *("compress_seconds", "cost", "layers"),
+    *("compress_seconds", "cost", "layers", "commit", "jax", "date"),
 )
 
 
@@ -182,15 +182,12 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     summary = train(
         task.config + arguments, options, keep=picture if seed == 0 and not extra else None
     )
-    return {
+    return summary | {
         "task": name,
         "method": method,
         "budget": 1.0 if method == "dense" else budget,
         "seed": seed,
-        "seconds": summary["seconds"],
         "compress_seconds": round(summary.get("compress_seconds", 0.0), 1),
-        "validation_loss": summary["validation_loss"],
-        "validation_accuracy": summary.get("validation_accuracy", ""),
         "test_loss": summary["test_loss_hard"],
         "test_accuracy": summary.get("test_accuracy_hard", ""),
         "cost": block_cost(summary),
