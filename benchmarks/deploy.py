@@ -21,7 +21,8 @@ takes no longer than it takes to start a program, as on GPUs, it is applied seve
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,13 @@ def in_dtype(model: Any, name: str) -> Any:
     return result
 
 
+def at_once(makers: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    """What each makes: compilation, which takes longest, leaves cores idle."""
+    with ThreadPoolExecutor() as pool:
+        made = [pool.submit(make) for make in makers.values()]
+        return dict(zip(makers, [future.result() for future in made], strict=True))
+
+
 def difference(a: jax.Array, b: jax.Array) -> float:
     """Largest difference over the largest value."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -161,10 +169,12 @@ def layer_rows(args: argparse.Namespace, budget: float) -> list[tuple]:
     for n, m in SHAPES:
         x = jax.random.normal(jax.random.key(0), (tokens, n), args.dtype)
         made = {name: make() for name, make in forms(n, m, budget, args, tokens).items()}
-        calls = {
-            name: Running(in_dtype(model, args.dtype), x, times=args.times)
-            for name, model in made.items()
-        }
+        calls = at_once(
+            {
+                name: partial(Running, in_dtype(model, args.dtype), x, times=args.times)
+                for name, model in made.items()
+            }
+        )
         seconds = interleaved_medians(calls, args.repeats)
         errors = {
             name: float(relative_error(trained_like(n, m), kernel_of(model)))
@@ -216,7 +226,7 @@ def vit(args: argparse.Namespace) -> None:
         form: in_dtype(with_layers(model, form, args.budget, args, tokens), args.dtype)
         for form in ("dense", "packed", "low-rank")
     }
-    calls = {form: Running(model, images) for form, model in made.items()}
+    calls = at_once({form: partial(Running, model, images) for form, model in made.items()})
     seconds = interleaved_medians(calls, args.repeats)
     report(f"ViT-B/16 forward, {args.images} images", seconds)
     print(f"difference of the logits: {difference(calls['packed'](), calls['dense']()):.1e}")
@@ -233,12 +243,12 @@ def gpt2(args: argparse.Namespace) -> None:
             model, prompt, max_new_tokens=count, temperature=0, max_length=length
         )
 
-    calls, tokens = {}, {}
+    calls = {}
     for form in ("dense", "packed", "low-rank"):
         made = with_layers(model, form, args.gpt2_budget, args, tokens=args.rows)
         made = in_dtype(made, args.dtype)
         calls[form, 1], calls[form, NEW] = decode(made, 1), decode(made, NEW)
-        tokens[form] = calls[form, NEW]()
+    tokens = at_once({form: call for (form, count), call in calls.items() if count == NEW})
     seconds = interleaved_medians(calls, args.repeats)
     # Without what reading the prompt takes.
     step = {form: (seconds[form, NEW] - seconds[form, 1]) / (NEW - 1) for form in tokens}
@@ -269,9 +279,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--blocks", type=Path, help="folder of blocks that were found before")
     parser.add_argument("--autotune", action="store_true", help="measure layouts")
+    parser.add_argument("--attention", choices=["xla", "cudnn"], help="whose kernel for attention")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--times", type=int, default=1, help="that a program applies a layer")
     args = parser.parse_args()
+    if args.attention:
+        jax.nn.dot_product_attention = partial(
+            jax.nn.dot_product_attention, implementation=args.attention
+        )
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}")
     for part in args.parts:
         {"layers": layers, "curve": curve, "vit": vit, "gpt2": gpt2}[part](args)

@@ -76,7 +76,7 @@ def tasks(text: str) -> dict[str, Task]:
             ("--config.data.validation_fraction=0.05", "--config.data.test_fraction=0.05"),
             128,
             "loss",
-            {0.25: 0.15, 0.125: 0.08},
+            {0.25: 0.18, 0.125: 0.09},
             text_parts,
             (1e-3, 1e-4),
         ),

@@ -72,7 +72,7 @@ def get_config(arguments: str | None = None):
         clip_norm=1.0,
     )
     # Dense layers leave room above their learning rate (docs/results.md).
-    use_layer(config, args, paper=paper_from_scratch(target=0.15, strength=0.5), factor_scale=4.0)
+    use_layer(config, args, paper=paper_from_scratch(target=0.15, strength=2.0), factor_scale=4.0)
     config.train.update(steps=size["steps"], log_every=25, eval_every=250)
     config.checkpoint.every = 250
     if args["smoke"]:
