@@ -11,6 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 
 import gaudi_jax
+from gaudi_jax.deploy.layout import Windows, compile_layout
 from gaudi_jax.deploy.machine import MACHINES, Machine
 from gaudi_jax.deploy.pack import pack
 from gaudi_jax.errors import UserError
@@ -19,7 +20,7 @@ from gaudi_jax.layers.packed import Layout, Read, Write
 
 #: Every product counts for itself; products and copies cost about the same; only their number does.
 FREE = Machine(0.0, 1.0, 1e12, 1e12, 1)
-EVEN = Machine(1.0, 100.0, 1e3, 1e3, 1)
+EVEN = Machine(1.0, 100.0, 1e3, 1e3, 1, panel=8)
 FEW = Machine(1.0, 1e12, 1e12, 1e12, 1)
 
 
@@ -108,6 +109,16 @@ def test_free_products_multiply_no_zeros():
     assert packed.layout is not None
     assert packed.multiplications() <= layer.multiplications()
     np.testing.assert_allclose(packed.kernel(), layer.kernel(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("columns", "made"), [(60, 64), (40, 40), (29, 32)])
+def test_panels_are_filled_where_little_is_missing(columns, made):
+    alike = Windows(np.zeros(columns, int), np.full(columns, 64), 256)
+    machine = Machine(0.0, 1.0, 1e9, 1e9, 1, panel=32)
+    layout, order = compile_layout(alike, alike, machine, 512)
+    assert layout is not None
+    assert sum(read.columns for read in layout.reads) == len(order) == made
+    assert sorted(order)[:columns] == list(range(columns))
 
 
 def test_a_model_of_any_class():

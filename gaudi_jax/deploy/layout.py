@@ -6,6 +6,7 @@ it. Both merge pieces while the zeros that this multiplies cost less than one pr
 model of `machine.py`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +77,7 @@ def compile_layout(
             length,
             _padded(
                 columns[np.lexsort((writes.length[columns], writes.start[columns]))],
-                machine.multiple,
+                machine,
                 len(reads.start),
             ),
         )
@@ -100,8 +101,12 @@ def compile_layout(
     return Compiled(layout, order)
 
 
-def _padded(columns: np.ndarray, multiple: int, zeros: int) -> np.ndarray:
-    return np.pad(columns, (0, -len(columns) % multiple), constant_values=zeros)
+def _padded(columns: np.ndarray, machine: Machine, zeros: int) -> np.ndarray:
+    """Fills the last panel with columns of zeros, unless these are more than an eighth."""
+    more = -len(columns) % math.lcm(machine.panel, machine.multiple)
+    if 8 * more > len(columns):
+        more = -len(columns) % machine.multiple
+    return np.pad(columns, (0, more), constant_values=zeros)
 
 
 def _group(

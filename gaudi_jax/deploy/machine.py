@@ -16,6 +16,7 @@ class Machine(NamedTuple):
         lanes: rows to which a product's sides are rounded up.
         multiple: of which the columns of a first product are made: rows of vectors that end
             elsewhere are read slowly, or copied.
+        panel: columns that a product takes at once; it is slower where some are left over.
     """
 
     overhead: float
@@ -24,6 +25,7 @@ class Machine(NamedTuple):
     gathering: float
     lanes: int
     multiple: int = 1
+    panel: int = 1
 
     def product(self, rows, depth, tokens: int, itemsize: int):
         """Seconds of a product of a (rows, depth) matrix with tokens vectors."""
@@ -39,7 +41,7 @@ class Machine(NamedTuple):
 #: By JAX backend. The first fits two cores of an AMD EPYC (benchmarks/deploy.py); the rates of the
 #: second were seen on an H200, in bfloat16; the third is a guess from data sheets.
 MACHINES = {
-    "cpu": Machine(2e-5, 2e11, 4e10, 2e10, 8),
+    "cpu": Machine(2e-5, 2e11, 4e10, 2e10, 8, panel=32),
     "gpu": Machine(3e-6, 3.3e14, 3.5e12, 3e12, 64, 8),
     "tpu": Machine(4e-6, 5e13, 8e11, 4e11, 128, 8),
 }
