@@ -1,7 +1,8 @@
 """What learned structure is worth: methods x budgets x seeds on several tasks.
 
-    python benchmarks/learning.py --text shakespeare.txt [--tasks digits shakespeare docs]
-        [--methods WORD ...] [--budgets 0.25 0.125] [--seeds 5]
+    python benchmarks/learning.py --text shakespeare.txt --images cifar10
+        [--tasks digits shakespeare docs cifar] [--methods WORD ...] [--budgets 0.25 0.125]
+        [--seeds 5]
     python benchmarks/learning.py --quick
 
 Trains every combination through ``main.py``, two runs at a time with one core each. Finished runs
@@ -59,7 +60,8 @@ class Task(NamedTuple):
     structural_rates: tuple[float, float]
 
 
-def tasks(text: str) -> dict[str, Task]:
+def tasks(text: str, images: str = "") -> dict[str, Task]:
+    image_parts = {"attention": 1 / 2, "mlp": 4 / 5}
     text_parts = {"attention": 3 / 4, "attention_out": 1 / 2, "mlp": 4 / 5}
     return {
         "digits": Task(
@@ -68,7 +70,7 @@ def tasks(text: str) -> dict[str, Task]:
             96,
             "accuracy",
             {0.25: 0.15, 0.125: 0.08},
-            {"attention": 1 / 2, "mlp": 4 / 5},
+            image_parts,
             (3e-3, 3e-4),
         ),
         "shakespeare": Task(
@@ -88,6 +90,15 @@ def tasks(text: str) -> dict[str, Task]:
             {0.25: 0.15, 0.125: 0.08},
             text_parts,
             (1e-3, 1e-4),
+        ),
+        "cifar": Task(
+            f"cifar10_vit_s_gaudi.py:size=cpu,data=folder:{images},",
+            (),
+            96,
+            "accuracy",
+            {},
+            image_parts,
+            (5e-3, 5e-3),
         ),
     }
 
@@ -285,15 +296,19 @@ def checked(
     text = (ROOT / args.text).resolve()
     if "shakespeare" in args.tasks and not text.is_file():
         parser.error(f"no text in {text}; give the path of tinyshakespeare with --text, or --tasks")
+    images = (ROOT / args.images).resolve()
+    if "cifar" in args.tasks and not (images / "train").is_dir():
+        parser.error(f"no images in {images}/train; give their folder with --images, or --tasks")
     for word in args.methods:
         if not any(word in method for method in methods):
             parser.error(f"--methods {word!r} is part of none of: {'; '.join(methods)}")
-    return tasks(str(text))
+    return tasks(str(text), str(images))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", default="shakespeare.txt", help="path of tinyshakespeare")
+    parser.add_argument("--images", default="cifar10", help="folder with train/CLASS/* and test")
     names = list(tasks(""))
     parser.add_argument("--tasks", nargs="+", choices=names, default=names)
     parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")

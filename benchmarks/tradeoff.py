@@ -163,6 +163,7 @@ def plot(rows: Sequence[Row], task: str, measure: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", default="shakespeare.txt", help="path of tinyshakespeare")
+    parser.add_argument("--images", default="cifar10", help="folder with train/CLASS/* and test")
     parser.add_argument(
         "--tasks", nargs="+", choices=list(tasks("")), default=["digits", "shakespeare"]
     )

@@ -82,3 +82,12 @@ def test_the_published_recipe_of_gpt2_keeps_its_start_and_its_learning_rates():
 )
 def test_how_fast_factors_learn(module, arguments, scale):
     assert module.get_config(arguments).optimizer.factor_scale == scale
+
+
+def test_cifar_has_a_size_for_a_cpu():
+    config = cifar10_vit_s_gaudi.get_config("size=cpu,layer=dense")
+    assert (config.model.width, config.model.dtype, config.train.steps) == (96, "float32", 2000)
+    with pytest.raises(UserError, match="unknown size 'tpu'"):
+        cifar10_vit_s_gaudi.get_config("size=tpu")
+    with pytest.raises(UserError, match="'epochs' has no effect with size=cpu"):
+        cifar10_vit_s_gaudi.get_config("size=cpu,epochs=3")

@@ -60,10 +60,14 @@ def test_differences_are_those_of_the_same_seeds(study):
 
 @pytest.mark.parametrize(
     ("tasks", "methods", "message"),
-    [(["digits"], ["Monarchs"], "part of none of: dense"), (["shakespeare"], [""], "no text in")],
+    [
+        (["digits"], ["Monarchs"], "part of none of: dense"),
+        (["shakespeare"], [""], "no text in"),
+        (["cifar"], [""], "no images in"),
+    ],
 )
 def test_mistakes_are_named_before_any_run(study, tasks, methods, message, capsys):
-    args = argparse.Namespace(tasks=tasks, methods=methods, text="nowhere.txt")
+    args = argparse.Namespace(tasks=tasks, methods=methods, text="nowhere.txt", images="nowhere")
     with pytest.raises(SystemExit):
         study("learning").checked(argparse.ArgumentParser(), args, ["dense", "Monarch"])
     assert message in capsys.readouterr().err
