@@ -148,8 +148,10 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
             (
                 f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
                 f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
+                "--config.optimizer.layer_moment=True",
                 "--config.controller.name=budget",
                 f"--config.controller.target={budget}",
+                f"--config.controller.floor={0.6 * budget}",
                 "--config.controller.begin=0.0",
                 "--config.controller.end=0.4",
             ),
@@ -297,8 +299,8 @@ def checked(
     if "shakespeare" in args.tasks and not text.is_file():
         parser.error(f"no text in {text}; give the path of tinyshakespeare with --text, or --tasks")
     images = (ROOT / args.images).resolve()
-    if "cifar" in args.tasks and not (images / "train").is_dir():
-        parser.error(f"no images in {images}/train; give their folder with --images, or --tasks")
+    if "cifar" in args.tasks and not all((images / split).is_dir() for split in ("train", "test")):
+        parser.error(f"no images in {images}/train and test; give --images PATH, or --tasks")
     for word in args.methods:
         if not any(word in method for method in methods):
             parser.error(f"--methods {word!r} is part of none of: {'; '.join(methods)}")

@@ -234,6 +234,14 @@ def test_an_exported_model_runs_with_nothing_but_jax(workdir, exported, tmp_path
     assert header["card"]["step"] == 4
 
 
+def test_what_was_packed_is_exported(packed, tmp_path, monkeypatch):
+    file = tmp_path / "packed.stablehlo"
+    assert call(export_command, monkeypatch, packed, "--step=packed", f"--out={file}") == 0
+    x = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+    model = gaudi_jax.load(packed, "packed")
+    np.testing.assert_allclose(load_exported(file)(x), model(x), atol=1e-5)
+
+
 def test_any_number_of_inputs(workdir, exported):
     run, model = load_exported(exported), gaudi_jax.load(workdir)
     with pytest.raises(ValueError, match="b at least 1"):

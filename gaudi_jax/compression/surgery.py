@@ -125,6 +125,8 @@ def structure(module: Any, entry: Mapping[str, Any]) -> StructuredLinear:
         options |= {
             "num_blocks": entry["num_blocks"],
             "granularity": tuple(entry["granularity"]),
+            # Where places are trained on, their derivatives are smoothed as from scratch.
+            "backward_smoothing": 2.0,
         }
     elif entry["method"] in GRID_LAYERS:
         cls = GRID_LAYERS[entry["method"]]

@@ -20,7 +20,9 @@ def run_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("workdir", type=Path, help="directory of a run")
     parser.add_argument(
-        "--step", type=as_step, help="step of the checkpoint, best or last; by default the newest"
+        "--step",
+        type=as_step,
+        help="step of the checkpoint, best or last, or to export packed; by default the newest",
     )
     parser.add_argument("--batch", type=int, default=8, help="inputs at once (default 8)")
     parser.add_argument(
