@@ -272,10 +272,11 @@ def _mean(rows: Sequence[Row], column: str) -> str:
 
 
 def plot(rows: Sequence[Row], task: str, measure: str) -> None:
-    """Test results against cost, with standard errors."""
-    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
+    """Test results against cost, with standard errors: of all methods, and of the search's."""
+    figure = Figure(figsize=(12, 4.5), dpi=100, layout="constrained")
+    everything, near = figure.subplots(1, 2)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    for number, method in enumerate(name for name in names if not name.startswith(VARIANT)):
         points = []
         for budget in sorted({row["budget"] for row in rows if row["method"] == method}):
             chosen = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
@@ -283,11 +284,13 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
             cost = np.mean([float(row["cost"]) for row in chosen])
             points.append((cost, np.mean(values), standard_error(values)))
         x, y, error = zip(*points, strict=True)
-        axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=method)
-    axes.set(
-        xlabel="multiplications of the blocks over dense", ylabel=f"test {measure}", title=task
-    )
-    axes.legend(fontsize=7)
+        for axes in (everything, near) if "search" in method or method == "dense" else [everything]:
+            axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=method, color=f"C{number}")
+    for axes in (everything, near):
+        axes.set(xlabel="multiplications of the blocks over dense", ylabel=f"test {measure}")
+        axes.legend(fontsize=7)
+    everything.set_title(task)
+    near.set_title("dense layers for half of the steps")
     figure.savefig(RESULTS / f"learning-{task}.png")
 
 
