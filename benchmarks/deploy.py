@@ -295,9 +295,8 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1, help="that a program applies a layer")
     args = parser.parse_args()
     if args.attention:
-        jax.nn.dot_product_attention = partial(
-            jax.nn.dot_product_attention, implementation=args.attention
-        )
+        attention = partial(jax.nn.dot_product_attention, implementation=args.attention)
+        vars(jax.nn).update(dot_product_attention=attention)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}")
     for part in args.parts:
         {"layers": layers, "curve": curve, "vit": vit, "gpt2": gpt2}[part](args)
