@@ -149,6 +149,16 @@ def test_autotune_takes_what_was_fastest_and_keeps_it(tmp_path, monkeypatch):
         assert json.loads(file.read_text())["seconds"] == seconds
 
 
+def test_what_one_core_measured_is_not_taken_by_two(tmp_path, monkeypatch):
+    layer = layer_of(3, (8, 8), (8, 8), 1, 12)
+    count = len(autotune._choices(Packer(layer), EVEN, 64))
+    monkeypatch.setattr(autotune, "_measure", lambda *_: [1.0] * count)
+    for cores in (1, 2, 2):
+        monkeypatch.setattr(autotune, "_cores", lambda cores=cores: cores)
+        autotune.fastest(layer, EVEN, 64, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_found_no_room_is_measured_again(tmp_path, monkeypatch):
     layer = layer_of(3, (8, 8), (8, 8), 1, 12)
     count = len(autotune._choices(Packer(layer), EVEN, 64))

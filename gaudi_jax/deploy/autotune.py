@@ -97,8 +97,8 @@ def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
     what = [
         [layer.in_features, layer.out_features, tokens],
         [packer.dtype.name, jnp.dtype(layer.param_dtype).name],
-        # All CPUs are of one kind to JAX, and flags may leave a process one thread of them.
-        [jax.devices()[0].device_kind, platform.node(), os.cpu_count(), jax.__version__],
+        # All CPUs are of one kind to JAX, and a process may have some of their cores and threads.
+        [jax.devices()[0].device_kind, platform.node(), _cores(), jax.__version__],
         [os.environ.get("XLA_FLAGS", "")],
         [
             choice.layout and choice.layout.to_lists() if isinstance(choice, Compiled) else choice
@@ -109,6 +109,12 @@ def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
         FORMAT,
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _read(file: Path, count: int) -> list[float] | None:
