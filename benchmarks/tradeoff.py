@@ -1,7 +1,8 @@
 """Every structured layer on the same footing: quality against multiplications and against time.
 
-    python benchmarks/tradeoff.py --text shakespeare.txt [--tasks digits shakespeare]
-        [--methods WORD ...] [--budgets 0.5 0.34 0.125] [--seeds 3]
+    python benchmarks/tradeoff.py --text shakespeare.txt [--images cifar10]
+        [--tasks digits shakespeare] [--methods WORD ...] [--budgets 0.5 0.34 0.125]
+        [--seeds 3]
     python benchmarks/tradeoff.py --quick
 
 All methods share one recipe: dense layers for half of the steps; then these are compressed under a

@@ -208,3 +208,19 @@ def test_output_shardings_are_passed_on():
         y = jax.jit(lambda x: layer(x, out_sharding=PartitionSpec(None, "model", None)))(x)
     assert y.shape == (2, 4, 4)
     assert y.sharding.spec == PartitionSpec(None, "model", None)
+
+
+def test_places_of_compressed_blocks_have_smoothed_derivatives():
+    layer = gaudi_jax.compress(linear(), 0.5, progress=False).model
+    x = jax.random.normal(jax.random.key(1), (3, WIDTH))
+
+    def slope(smoothing):
+        values = (layer.v[...], layer.u[...], layer.widths[...], layer.locations[...])
+        same = GaudiLinear.from_blocks(*values, bias=jnp.zeros(WIDTH), backward_smoothing=smoothing)
+        return gradient(same)
+
+    def gradient(model):
+        return nnx.grad(lambda model: (model(x) ** 2).sum())(model).widths[...]
+
+    np.testing.assert_allclose(gradient(layer), slope(2.0), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(slope(2.0), slope(0.0), rtol=1e-2, atol=1e-2)
