@@ -223,6 +223,28 @@ def test_workers_end_with_a_run_that_is_killed():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_every_worker_is_started_with_sigterm_blocked():
+    """In a program of its own: there the first worker also starts Python's resource tracker."""
+    program = """
+import multiprocessing, pathlib, re
+from gaudi_jax.data.images import load_images
+from gaudi_jax.data.pipeline import sheltered, train_batches
+source = load_images("digits").train
+batches = train_batches(source, batch_size=8, image_size=8, seed=0, workers=2)
+next(sheltered(batches))
+for worker in multiprocessing.active_children():
+    status = pathlib.Path(f"/proc/{worker.pid}/status").read_text()
+    print(re.search(r"SigBlk:\\s*(\\w+)", status)[1])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    blocked = [int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in run.stdout.split()]
+    assert blocked == [1, 1], run.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "eval_every"), [(1, 100000), (2, 100000), (1, 1)])
 def test_sigterm_to_all_processes_of_a_job_saves(processes, eval_every, tmp_path):
     """Images are large, so that the run waits for its workers when the signal comes."""

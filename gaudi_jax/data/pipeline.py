@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import grain
@@ -176,6 +177,9 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
         return dataset
     if not flags.FLAGS.is_parsed():  # Grain's processes read flags that only absl programs parse
         flags.FLAGS.mark_as_parsed()
+    # Python starts this with the first worker otherwise, and lets signals through after it, which
+    # are blocked then (`sheltered`).
+    resource_tracker.ensure_running()
     options = grain.MultiprocessingOptions(num_workers=workers)
     return dataset.mp_prefetch(options, worker_init_fn=_as_worker)
 
