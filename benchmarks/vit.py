@@ -37,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 def open_config(layer: str, batch_size: int, args: argparse.Namespace) -> Task:
     from configs import vit_b_gaudi
 
-    config = vit_b_gaudi.get_config(f"layer={layer}")
+    # From scratch: masks are at work from the first step.
+    recipe = "" if layer == "dense" else ",recipe=budget"
+    config = vit_b_gaudi.get_config(f"layer={layer}{recipe}")
     config.data.update(
         name=f"generated:1000x{args.image_size}x3",
         image_size=args.image_size,

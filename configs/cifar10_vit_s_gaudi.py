@@ -4,7 +4,7 @@
     python main.py --config=configs/cifar10_vit_s_gaudi.py:layer=dense --workdir=runs/cifar10_dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=budget|paper|search``, ``budget=0.3``, ``size=gpu|cpu``, ``epochs=300``, ``smoke``, and
+``recipe=search|budget|paper``, ``budget=0.3``, ``size=gpu|cpu``, ``epochs=300``, ``smoke``, and
 ``data=tfds:cifar10`` (prepared once with TensorFlow Datasets) or ``data=folder:PATH`` with
 ``PATH/train/<class>/*``. 5000 training images are held out.
 
@@ -19,15 +19,8 @@ path: some minutes on two CPU cores, and far from converged.
 
 from ml_collections import ConfigDict
 
-from configs.common import (
-    LAYER_ARGUMENTS,
-    Arguments,
-    base_config,
-    paper_from_scratch,
-    parse_arguments,
-    use_layer,
-    use_smoke_data,
-)
+from configs.common import LAYER_ARGUMENTS, Arguments, base_config, parse_arguments, use_smoke_data
+from configs.recipes import paper_from_scratch, use_layer
 from gaudi_jax.errors import UserError
 
 TRAIN_IMAGES = 45_000

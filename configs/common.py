@@ -1,12 +1,11 @@
 """What the configs share: the sections, their defaults, and the argument string."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from gaudi_jax.errors import UserError
-from gaudi_jax.layers.factory import GRID_LAYERS
 
 Argument = Any  # str, float, int or bool
 
@@ -227,171 +226,12 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
     "layer": "gaudi",  # gaudi, low_rank, monarch, blast, block_sparse or dense
     "attention": "",  # the same for the attention layers alone
     "mlp": "",  # and for the MLPs alone
-    "recipe": "budget",  # budget or search, or for gaudi paper
+    "recipe": "search",  # search or budget, or for gaudi paper
     "budget": 0.3,  # multiplications over dense (but for gaudi with recipe=paper)
     "smoke": False,
 }
 #: Those of text configs; attention_out is the layer that ends the attention.
 TEXT_ARGUMENTS = LAYER_ARGUMENTS | {"attention_out": ""}
-
-
-class Recipe(NamedTuple):
-    """How Gaudi layers learn their structure: changes of two sections, and the layers' options."""
-
-    sigma: dict[str, Argument]
-    controller: dict[str, Argument]
-    layer: dict[str, Argument]
-
-
-def paper_from_scratch(*, target: float, strength: float) -> Recipe:
-    """The paper's recipe for training from scratch.
-
-    Sigma rises from 1 to 100, and a constant threshold lowers widths while their mean exceeds its
-    target.
-    """
-    return Recipe(
-        sigma={"start": 1.0, "end": 100.0, "begin": 5 / 300},
-        controller={
-            "name": "threshold",
-            "target": target,
-            "strength": strength,
-            "begin": 10 / 300,
-        },
-        layer={"sigma": 1.0},
-    )
-
-
-def use_layer(
-    config: ConfigDict,
-    args: Arguments,
-    *,
-    paper: Recipe,
-    widths: str = "split",
-    factor_scale: float = 1.0,
-) -> None:
-    """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
-
-    The budget recipe: hard masks from the first step with a smoothed derivative, and a budget of
-    multiplications that falls along a cubic. The search recipe: dense layers for half of the steps,
-    whose kernels are then compressed by search.
-
-    Args:
-        config: changed in place; each part of ``config.layer`` gets its layer.
-        args: `LAYER_ARGUMENTS`, and one for each other part of ``config.layer``.
-        paper: the paper's recipe.
-        widths: initial ones of the budget recipe's layers (`GaudiFactory`).
-        factor_scale: how much faster factors learn than the rest in the budget recipe.
-
-    Raises:
-        UserError: the recipe is unknown, the budget is out of range, or an argument has no effect.
-    """
-    if args["recipe"] not in ("budget", "paper", "search"):
-        raise UserError(f"unknown recipe {args['recipe']!r}; use budget, paper or search")
-    if not 0 < args["budget"] <= 1:
-        raise UserError(f"budget={args['budget']} is outside (0, 1]; give a fraction such as 0.3")
-    names = {part: args[part] or args["layer"] for part in config.layer}
-    kinds = set(names.values()) - {"dense"}
-    if all(args[part] for part in names):
-        args.reject("layer", because=f"beside {' and '.join(names)}")
-    if not kinds:
-        args.reject("budget", "recipe", because="on dense layers")
-    elif args["recipe"] == "search":
-        _use_search(config, args, names)
-        return
-    elif args["recipe"] == "paper":
-        if "gaudi" not in kinds:
-            args.reject("recipe", because="without Gaudi layers")
-        if kinds == {"gaudi"}:
-            args.reject("budget", because="on recipe=paper")
-    gaudi: dict = {"name": "gaudi", "rank": 1, "granularity": 1}
-    if args["recipe"] == "budget":
-        config.optimizer.factor_scale = factor_scale
-    if args["recipe"] == "paper":
-        config.sigma.update(paper.sigma)
-        config.controller.update(paper.controller)
-        gaudi.update(paper.layer)
-    elif "gaudi" in kinds:
-        # 2 cells of smoothing suit a grid of single features (docs/results.md).
-        gaudi.update(backward_smoothing=2.0, widths=widths, locations="spaced")
-        config.optimizer.layer_moment = True
-        config.controller.update(name="budget", target=args["budget"], floor=0.6 * args["budget"])
-    options = {"gaudi": gaudi, "low_rank": {"name": "low_rank", "budget": args["budget"]}} | {
-        name: {"name": name, "budget": args["budget"], "blocks": layer.usual_blocks}
-        for name, layer in GRID_LAYERS.items()
-    }
-    with config.unlocked():
-        for part, name in names.items():
-            config.layer[part] = ConfigDict(options.get(name, {"name": name}))
-            if name == "gaudi" and "density" not in gaudi:
-                # Of the initial widths; None: dense cost. Each layer's own: they must not be tied.
-                config.layer[part].density = config_dict.placeholder(float)
-
-
-def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> None:
-    """Trains dense layers for a while, compresses them, and goes on."""
-    kinds = set(names.values()) - {"dense"}
-    if len(kinds) > 1:
-        raise UserError(
-            "recipe=search makes all layers of one kind, or dense; choose one, or recipe=budget"
-        )
-    own_out = "attention_out" in names
-    paths = {
-        "attention": "attention/(qkv|query|key|value)" if own_out else "attention/.*",
-        "attention_out": "attention/out",
-        "mlp": "mlp/.*",
-    }
-    config.compress.update(
-        method=kinds.pop(),
-        stages=((0.5, args["budget"]),),
-        rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
-        calibration_batches=16,
-        rounds=20,  # what is trained on need not be found to the last digit
-    )
-    _keep_structure(config)
-
-
-def _keep_structure(config: ConfigDict) -> None:
-    """The structure stays as the search finds it; its factors learn faster (docs/results.md)."""
-    config.optimizer.update(
-        factor_scale=4.0, structural_learning_rate=0.0, location_learning_rate=0.0
-    )
-
-
-def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> None:
-    """Starts from a trained dense model whose layers are compressed, and then fine-tuned.
-
-    The structure stays as the search finds it; the factors learn at four times the rate of the
-    rest (docs/results.md).
-
-    Args:
-        config: changed in place.
-        args: ``dense`` (workdir, or Hugging Face folder or id; empty to train it first),
-            ``method``, ``budget`` and ``granularity``.
-        dense: config of the dense model, with which it is trained if none is named.
-
-    Raises:
-        UserError: the method is unknown.
-    """
-    methods = ("gaudi", "low_rank", *GRID_LAYERS, "best")
-    if args["method"] not in methods:
-        raise UserError(f"unknown method {args['method']!r}; use {', '.join(methods)}")
-    if args["method"] not in ("gaudi", "best"):
-        args.reject("granularity", because=f"on method={args['method']}")
-    config.init_from = args["dense"]
-    if not args["dense"]:
-        with config.unlocked():
-            config.pretrain = dense.copy_and_resolve_references()
-            # The sections themselves: what is set for this model holds for the dense one too.
-            config.pretrain.update(seed=config.get_ref("seed"))
-            config.pretrain.data, config.pretrain.model = config.data, config.model
-            config.pretrain.mesh = config.mesh
-    config.compress.update(
-        method=args["method"],
-        stages=((0.0, args["budget"]),),
-        granularity=args["granularity"],
-        calibration_batches=16,
-    )
-    _keep_structure(config)
 
 
 def use_smoke_text(config: ConfigDict) -> None:

@@ -4,20 +4,14 @@
     python main.py --config=configs/digits_vit_gaudi.py:layer=dense --workdir=runs/dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=budget|paper|search``, ``budget=0.33``, ``smoke``.
+``recipe=search|budget|paper``, ``budget=0.33``, ``smoke``.
 
 1097 training images of 8x8 pixels, 3000 steps of 64: 175 epochs. About a minute on two CPU cores.
 Expected test accuracies, over five seeds, are in docs/results.md.
 """
 
-from configs.common import (
-    LAYER_ARGUMENTS,
-    base_config,
-    paper_from_scratch,
-    parse_arguments,
-    use_layer,
-    use_smoke_data,
-)
+from configs.common import LAYER_ARGUMENTS, base_config, parse_arguments, use_smoke_data
+from configs.recipes import paper_from_scratch, use_layer
 
 
 def get_config(arguments: str | None = None):

@@ -17,7 +17,8 @@ About five minutes on two CPU cores. Expected test accuracies are in docs/result
 """
 
 from configs import digits_vit_gaudi
-from configs.common import parse_arguments, use_compression
+from configs.common import parse_arguments
+from configs.recipes import use_compression
 
 
 def get_config(arguments: str | None = None):

@@ -13,18 +13,12 @@ pieces of words, learned from it. A run takes about four minutes on two cores an
 3.11, ends at a test perplexity of 18 at half of the multiplications (unigram: 202; one seed).
 """
 
-from configs.common import (
-    TEXT_ARGUMENTS,
-    paper_from_scratch,
-    parse_arguments,
-    text_config,
-    use_layer,
-    use_smoke_text,
-)
+from configs.common import TEXT_ARGUMENTS, parse_arguments, text_config, use_smoke_text
+from configs.recipes import paper_from_scratch, use_layer
 
 
 def get_config(arguments: str | None = None):
-    args = parse_arguments(arguments, TEXT_ARGUMENTS | {"recipe": "search", "budget": 0.5})
+    args = parse_arguments(arguments, TEXT_ARGUMENTS | {"budget": 0.5})
     config = text_config()
     config.data.update(name="docs", tokenizer="bpe:512", block=64, batch_size=16, test_fraction=0.1)
     config.model.dropout = 0.1

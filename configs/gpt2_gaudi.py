@@ -24,14 +24,8 @@ Published perplexities on the test text: dense 19.36, Gaudi-GBLR 19.24 (the auth
 at 43.7 % of the multiplications. Hardware: a GPU or TPU. Not measured with this code yet.
 """
 
-from configs.common import (
-    TEXT_ARGUMENTS,
-    Recipe,
-    parse_arguments,
-    text_config,
-    use_layer,
-    use_smoke_text,
-)
+from configs.common import TEXT_ARGUMENTS, parse_arguments, text_config, use_smoke_text
+from configs.recipes import Recipe, use_layer
 from gaudi_jax.errors import UserError
 
 TRAIN_TOKENS = 117_920_140

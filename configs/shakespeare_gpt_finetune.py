@@ -13,7 +13,8 @@ Arguments: ``text=PATH``, ``size=cpu|gpu``,
 """
 
 from configs import shakespeare_gpt_gaudi
-from configs.common import parse_arguments, use_compression
+from configs.common import parse_arguments
+from configs.recipes import use_compression
 
 
 def get_config(arguments: str | None = None):

@@ -22,14 +22,8 @@ random windows.
 
 from typing import Any
 
-from configs.common import (
-    TEXT_ARGUMENTS,
-    paper_from_scratch,
-    parse_arguments,
-    text_config,
-    use_layer,
-    use_smoke_text,
-)
+from configs.common import TEXT_ARGUMENTS, parse_arguments, text_config, use_smoke_text
+from configs.recipes import paper_from_scratch, use_layer
 from gaudi_jax.errors import UserError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -47,9 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def get_config(arguments: str | None = None):
-    args = parse_arguments(
-        arguments, TEXT_ARGUMENTS | {"recipe": "search", "budget": 0.5, "text": "", "size": "cpu"}
-    )
+    args = parse_arguments(arguments, TEXT_ARGUMENTS | {"budget": 0.5, "text": "", "size": "cpu"})
     if args["size"] not in SIZES:
         raise UserError(f"unknown size {args['size']!r}; use {' or '.join(SIZES)}")
     if args["smoke"]:

@@ -4,7 +4,7 @@
     python main.py --config=configs/vit_b_gaudi.py:layer=dense --workdir=runs/vit_b_dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=budget|paper|search``, ``budget=0.33``, ``epochs=310``, ``smoke``, and
+``recipe=search|budget|paper``, ``budget=0.33``, ``epochs=310``, ``smoke``, and
 ``data=tfds:imagenet2012`` (prepared once with TensorFlow Datasets) or ``data=folder:PATH`` with
 ``PATH/train/<class>/*`` and ``PATH/validation/<class>/*``.
 
@@ -18,14 +18,8 @@ Published: dense 78.57-78.7 % top-1 at 17.2 G multiplications, Gaudi-GBLR 78.51 
 Hardware: a TPU slice or a node of GPUs. Accuracy with this code has not been measured yet.
 """
 
-from configs.common import (
-    LAYER_ARGUMENTS,
-    base_config,
-    paper_from_scratch,
-    parse_arguments,
-    use_layer,
-    use_smoke_data,
-)
+from configs.common import LAYER_ARGUMENTS, base_config, parse_arguments, use_smoke_data
+from configs.recipes import paper_from_scratch, use_layer
 
 TRAIN_IMAGES = 1_281_167
 

@@ -18,7 +18,8 @@ as it is found, and the factors learn at four times the rate. Augmentation is th
 """
 
 from configs import vit_b_gaudi
-from configs.common import parse_arguments, use_compression
+from configs.common import parse_arguments
+from configs.recipes import use_compression
 from gaudi_jax.training.start import is_run
 
 

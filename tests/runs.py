@@ -12,7 +12,7 @@ from gaudi_jax.training.metrics import Progress, read_metrics
 from gaudi_jax.training.step import split_model
 
 
-def tiny_config(arguments="smoke", steps=8):
+def tiny_config(arguments="smoke,recipe=budget", steps=8):
     config = digits_vit_gaudi.get_config(arguments)
     config.model.update(width=16, depth=1, heads=2, mlp_ratio=2.0)
     config.data.update(name="generated:4x8x1", batch_size=32, mixup=0.5, cutmix=0.5)

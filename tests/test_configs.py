@@ -14,7 +14,7 @@ from gaudi_jax.training import loop
 
 @pytest.mark.parametrize("module", [cifar10_vit_s_gaudi, digits_vit_gaudi, vit_b_gaudi])
 @pytest.mark.parametrize(
-    "arguments", [None, "layer=dense", "recipe=paper", "recipe=search", "smoke"]
+    "arguments", [None, "layer=dense", "recipe=paper", "recipe=budget", "smoke"]
 )
 def test_configs_build(module, arguments):
     config = module.get_config(arguments)
@@ -57,7 +57,7 @@ def test_the_budget_of_a_low_rank_part_counts_beside_the_paper_recipe():
 
 
 def test_options_of_one_part_leave_the_others_as_they_are():
-    config = digits_vit_gaudi.get_config("layer=gaudi")
+    config = digits_vit_gaudi.get_config("recipe=budget")
     config.layer.attention.density = 0.25
     assert config.layer.mlp.density is None
 

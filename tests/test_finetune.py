@@ -14,7 +14,8 @@ from flax import nnx
 
 import gaudi_jax
 from configs import digits_vit_gaudi_finetune
-from configs.common import Arguments, use_compression
+from configs.common import Arguments
+from configs.recipes import use_compression
 from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.errors import UserError
 from gaudi_jax.report import summary_table, write_report

@@ -129,7 +129,7 @@ def test_a_run_ends_with_such_layers(layer, recipe, tmp_path):
 
 
 def test_configs_give_the_options_of_each_layer():
-    config = vit_b_gaudi.get_config("attention=monarch,mlp=block_sparse,budget=0.4")
+    config = vit_b_gaudi.get_config("recipe=budget,attention=monarch,mlp=block_sparse,budget=0.4")
     assert config.layer.attention.to_dict() == {"name": "monarch", "budget": 0.4, "blocks": 4}
     assert config.layer.mlp.blocks == 16
     assert config.controller.name == "none"

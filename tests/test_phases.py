@@ -102,7 +102,7 @@ def test_a_signal_while_it_is_compressed_leaves_that_to_the_next_start(
 def test_learned_blocks_are_found_anew(tmp_path):
     """The moments of factors that are gone must not become those of others."""
     config = phased_config(stages=((0.5, 0.4),))
-    config.layer = tiny_config("smoke,layer=gaudi").layer
+    config.layer = tiny_config("smoke,recipe=budget").layer
     assert loop.train(config, tmp_path)
     (begun,) = [row for row in read_metrics(tmp_path) if "phase" in row]
     assert not any(name.startswith("dense_") for name in begun)

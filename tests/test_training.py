@@ -146,7 +146,7 @@ def test_initialising_from_another_run(finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", ["smoke,layer=dense", "smoke,layer=low_rank", "smoke,recipe=paper"]
+    "arguments", ["smoke,layer=dense", "smoke,recipe=budget,layer=low_rank", "smoke,recipe=paper"]
 )
 def test_every_layer_and_recipe_trains(arguments, tmp_path):
     config = tiny_config(arguments, steps=4)
@@ -251,7 +251,7 @@ def test_chosen_steps_are_traced_and_the_run_stays_the_same(finished, tmp_path, 
 
 
 def test_layers_of_attention_and_mlp_are_chosen_apart():
-    config = tiny_config("smoke,attention=low_rank,mlp=gaudi,budget=0.5")
+    config = tiny_config("smoke,recipe=budget,attention=low_rank,mlp=gaudi,budget=0.5")
     config.update_from_flattened_dict({"layer.mlp.rank": 2, "layer.mlp.granularity": 4})
     block = loop.build_model(open_task(config).config).blocks[0]
     assert isinstance(block.attention.query, gaudi_jax.LowRankLinear)

@@ -28,6 +28,16 @@ GRID_LAYERS: dict[str, type[GridLinear]] = {
 LinearFactory = Callable[..., nnx.Module]
 
 
+def require_known(name: str) -> None:
+    """Stops at a layer that does not exist.
+
+    Raises:
+        UserError: that is so; it names those that do.
+    """
+    if name not in _FACTORIES:
+        raise UserError(f"unknown layer {name!r}; the layers are {', '.join(sorted(_FACTORIES))}")
+
+
 def linear_factory(options: Mapping[str, Any]) -> LinearFactory:
     """Builds the factory of linear layers that a config section describes.
 
@@ -52,8 +62,7 @@ def linear_factory(options: Mapping[str, Any]) -> LinearFactory:
     """
     options = dict(options)
     name = options.pop("name", None)
-    if name not in _FACTORIES:
-        raise UserError(f"unknown layer {name!r}; the layers are {', '.join(sorted(_FACTORIES))}")
+    require_known(name)
     factory = _FACTORIES[name]
     known = [field.name for field in dataclasses.fields(factory)]
     unknown = sorted(set(options) - set(known))
