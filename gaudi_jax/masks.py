@@ -94,6 +94,7 @@ def gaudi_mask(
     return mask.astype(dtype)
 
 
+@partial(jax.jit, static_argnames=("n", "granularity"))
 def hard_mask(
     widths: Float[Array, " B"],
     locations: Float[Array, " B"],
@@ -154,6 +155,7 @@ def intervals(
     return places[0] % n, places[1]
 
 
+@partial(jax.jit, static_argnames=("in_features", "out_features", "rank", "granularity"))
 def block_multiplications(
     widths: Float[Array, "2 B"],
     in_features: int,

@@ -1,8 +1,8 @@
 """One Gaudi layer, packed."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from gaudi_jax.deploy.layout import Compiled, Windows, compile_layout
 from gaudi_jax.deploy.machine import Machine
@@ -11,7 +11,7 @@ from gaudi_jax.kernels.table import CELL
 from gaudi_jax.layers import GaudiLinear, PackedLinear
 from gaudi_jax.layers.packed import Layout
 from gaudi_jax.layers.tiles import Tiles
-from gaudi_jax.masks import hard_mask, intervals
+from gaudi_jax.masks import intervals
 
 Tiling = tuple[int, int, int]
 
@@ -52,7 +52,7 @@ class Packer:
         packed = self._empty(compiled.layout)
         left, right = (
             # The last row is the columns of zeros in a layout.
-            jnp.pad(columns, ((0, 1), (0, 0)))[compiled.order]
+            np.pad(columns, ((0, 1), (0, 0)))[compiled.order]
             for columns in self._live_columns()
         )
         packed.fill(left, right)
@@ -70,7 +70,7 @@ class Packer:
 
     def tile(self, width: int, tilings: tuple[Tiling, Tiling]) -> PackedLinear:
         """The packed form as two block-sparse products."""
-        left, right = (np.asarray(columns) for columns in self._live_columns())
+        left, right = self._live_columns()
         first, second = tiles_of(self._reads, self._writes, left, right, width)
         packed = self._empty(Tiles(width, (first.table, second.table), tilings))
         for values, product in ((packed.v, first), (packed.u, second)):
@@ -92,9 +92,22 @@ class Packer:
             packed.bias.set_value(layer.bias[...])
         return packed
 
-    def _live_columns(self) -> list[Array]:
-        columns = (self._live[:, None] * self.layer.rank + np.arange(self.layer.rank)).ravel()
-        return [_columns(self.layer, axis)[columns] for axis in (0, 1)]
+    def _live_columns(self) -> list[np.ndarray]:
+        """The columns on both axes, zero outside their windows.
+
+        On the host, as all that is made of them: hardly two layers have the same shapes, and each
+        operation on a device would be compiled for every one.
+        """
+        factors = self.layer.v[...], self.layer.u[...]
+        windows = self._reads, self._writes
+        return [
+            np.where(
+                (np.arange(w.size) - w.start[:, None]) % w.size < w.length[:, None],
+                np.asarray(factor)[self._live].reshape(-1, w.size),
+                np.zeros((), factor.dtype),
+            )
+            for factor, w in zip(factors, windows, strict=True)
+        ]
 
 
 def pack(layer: GaudiLinear, machine: Machine, tokens: int) -> PackedLinear:
@@ -106,17 +119,10 @@ def pack(layer: GaudiLinear, machine: Machine, tokens: int) -> PackedLinear:
 def _places(layer: GaudiLinear, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Starts and lengths of the blocks' intervals in features."""
     size = (layer.in_features, layer.out_features)[axis]
-    places = intervals(
+    places = _intervals(
         layer.widths[axis], layer.locations[axis], size, granularity=layer.granularity[axis]
     )
     return np.asarray(places[0]), np.asarray(places[1])
 
 
-def _columns(layer: GaudiLinear, axis: int) -> Array:
-    """The blocks' columns on an axis, zero outside the exact boxcars."""
-    factor = (layer.v, layer.u)[axis][...]
-    size = factor.shape[-1]
-    mask = hard_mask(
-        layer.widths[axis], layer.locations[axis], size, granularity=layer.granularity[axis]
-    )
-    return (factor * mask[:, None].astype(factor.dtype)).reshape(-1, size)
+_intervals = jax.jit(intervals, static_argnums=2, static_argnames="granularity")

@@ -162,7 +162,8 @@ class PackedLinear(StructuredLinear):
         self.param_dtype = param_dtype
 
         def zeros(*shape: int) -> nnx.Param:
-            return nnx.Param(jnp.zeros(shape, param_dtype))
+            # From the host: nothing is compiled for each of the many shapes.
+            return nnx.Param(jnp.asarray(np.zeros(shape, param_dtype)))
 
         if isinstance(layout, Tiles):
             first, second = ([zeros(len(t.cells), CELL, layout.width)] for t in layout.tables)
@@ -174,7 +175,7 @@ class PackedLinear(StructuredLinear):
         self.dense = nnx.data(zeros(in_features, out_features) if layout is None else None)
         self.bias = nnx.data(zeros(out_features) if use_bias else None)
 
-    def fill(self, left: Float[Array, "k in"], right: Float[Array, "k out"]) -> None:
+    def fill(self, left: Float[np.ndarray, "k in"], right: Float[np.ndarray, "k out"]) -> None:
         """Sets the values from columns in the order of the reads, zero outside their windows.
 
         Tiles are set as they are made (`gaudi_jax.deploy.tiles`).
@@ -187,12 +188,14 @@ class PackedLinear(StructuredLinear):
         first = 0
         for read, v in zip(reads, self.v, strict=True):
             rows = left[first : first + read.columns]
-            v[...] = jnp.roll(rows, -read.start, axis=1)[:, : read.length].T.astype(v.dtype)
+            window = np.roll(rows, -read.start, axis=1)[:, : read.length]
+            v.set_value(jnp.asarray(window.T, v.dtype))
             first += read.columns
         written = (write for write in writes if write.columns)
         for write, u in zip(written, self.u, strict=True):
-            run = right[:, write.start : write.start + write.length]
-            u[...] = _parts(run.T, write.columns).T.astype(u.dtype)
+            used = np.concatenate([np.arange(*pair) for pair in write.columns])
+            run = right[used, write.start : write.start + write.length]
+            u.set_value(jnp.asarray(run, u.dtype))
 
     def kernel(self) -> Float[Array, "in out"]:
         """The dense kernel, shape (in_features, out_features)."""

@@ -75,8 +75,8 @@ def carry_moments(moments: Moments, model: nnx.Module) -> Moments:
         kernel = (*whole, "kernel")
         if isinstance(layer, StructuredLinear) and kernel in first:
             shape = layer.in_features, layer.out_features
-            for known, power in ((first, 1), (second, 2)):
-                found = _factor_moments(layer, known.pop(kernel).reshape(shape), power)
+            both = first.pop(kernel).reshape(shape), second.pop(kernel).reshape(shape)
+            for known, found in zip((first, second), _factor_moments(layer, *both), strict=True):
                 known.update({(*path, name): moment for name, moment in found.items()})
                 if whole != path and (*whole, "bias") in known:
                     known[*path, "bias"] = known.pop((*whole, "bias")).reshape(-1)
@@ -143,27 +143,35 @@ def _parent(model: nnx.Module, path: Path) -> Any:
 
 
 def _factor_moments(
-    layer: StructuredLinear, moment: Float[Array, "in out"], power: int
-) -> dict[str, Array]:
-    """Moments of a layer's factors by name, from that of the gradient's power of its kernel.
+    layer: StructuredLinear, first: Float[Array, "in out"], second: Float[Array, "in out"]
+) -> list[dict[str, Array]]:
+    """Both moments of a layer's factors by name, from those of its kernel.
 
     Each entry of the kernel is a sum of products of factors, so that its derivative by one of them
     is a product of the others, whose power is that product of the others' powers.
     """
     graphdef, params, other = split_model(layer)
-    factors = {
-        name: params[name].astype(jnp.float32) ** power
+    names = [
+        name
         for name, variable in vars(layer).items()
         if isinstance(variable, nnx.Param)
         and not isinstance(variable, Structural)
         and name != "bias"
-    }
+    ]
 
-    def kernel(factors: dict[str, Array]) -> Array:
-        return nnx.merge(graphdef, params | factors, other).kernel()
+    # Blocks differ in number from layer to layer: one program each, instead of one an operation.
+    @jax.jit
+    def carried(params: dict[str, Array], *moments: Array) -> list[dict[str, Array]]:
+        def kernel(factors: dict[str, Array]) -> Array:
+            return nnx.merge(graphdef, params | factors, other).kernel()
 
-    (found,) = jax.vjp(kernel, factors)[1](moment.astype(jnp.float32))
-    return found
+        found = []
+        for power, moment in enumerate(moments, 1):
+            factors = {name: params[name].astype(jnp.float32) ** power for name in names}
+            found.extend(jax.vjp(kernel, factors)[1](moment.astype(jnp.float32)))
+        return found
+
+    return carried(params, first, second)
 
 
 def _is_adam(state: Any) -> bool:

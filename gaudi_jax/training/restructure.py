@@ -91,10 +91,10 @@ def restructure(
     structured = any(isinstance(m, StructuredLinear) for _, m in nnx.iter_modules(model))
     if not structured:
         results |= _evaluated("dense", model, task, splits)
-    elif moments is not None:
+    start = time.perf_counter()
+    if structured and moments is not None:
         moments = estimate_moments(dense, moments, task, max(options.calibration_batches, 1))
     dense.eval()
-    start = time.perf_counter()
     compressed, plan = compress(
         dense,
         cast(float, phase.budget),
@@ -103,14 +103,16 @@ def restructure(
         calibration=_calibration(task) if options.calibration_batches else None,
         key=jax.random.key(config.seed),
     )
-    results["compress_seconds"] = time.perf_counter() - start
     if is_primary():
         text = json.dumps(plan, indent=2, allow_nan=False)
         write_atomically(phase.plan_file(workdir), text + "\n")
     compressed = _of_primary(compressed, dense, phase.plan_file(workdir))
+    if moments is not None:
+        moments = carry_moments(moments, compressed)
+    results["compress_seconds"] = time.perf_counter() - start
     results |= _evaluated("compressed", compressed, task, splits)
     compressed.train()
-    return Start(compressed, moments and carry_moments(moments, compressed), results)
+    return Start(compressed, moments, results)
 
 
 def _of_primary(compressed: nnx.Module, dense: nnx.Module, plan_file: Path) -> nnx.Module:
