@@ -4,6 +4,7 @@ from flax import nnx
 from configs import (
     cifar10_vit_s_gaudi,
     digits_vit_gaudi,
+    docs_gpt_gaudi,
     gpt2_gaudi,
     shakespeare_gpt_gaudi,
     vit_b_gaudi,
@@ -75,6 +76,7 @@ def test_the_published_recipe_of_gpt2_keeps_its_start_and_its_learning_rates():
         (shakespeare_gpt_gaudi, "text=here,recipe=budget,layer=low_rank", 4.0),
         (shakespeare_gpt_gaudi, "text=here,recipe=search", 4.0),
         (shakespeare_gpt_gaudi, "text=here,recipe=paper", 1.0),
+        (docs_gpt_gaudi, "recipe=budget", 4.0),
         (digits_vit_gaudi, "recipe=budget", 1.0),
         (digits_vit_gaudi, "recipe=search", 1.0),
         (vit_b_gaudi, "recipe=search", 4.0),
