@@ -71,15 +71,10 @@ def _mean(values: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--variants", default="", help="those that contain this word")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_args()
     done = {(row["variant"], int(row["seed"])) for row in FINISHED.rows()}
-    jobs = [
-        (v, s)
-        for s in range(args.seeds)
-        for v in VARIANTS
-        if args.variants in v and (v, s) not in done
-    ]
+    jobs = [(v, s) for s in range(args.seeds) for v in args.variants if (v, s) not in done]
     run_all(jobs, run, FINISHED)
     print(table(FINISHED.rows()))
 
