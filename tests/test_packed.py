@@ -115,7 +115,7 @@ def test_free_products_multiply_no_zeros():
 def test_panels_are_filled_where_little_is_missing(columns, made):
     alike = Windows(np.zeros(columns, int), np.full(columns, 64), 256)
     machine = Machine(0.0, 1.0, 1e9, 1e9, 1, panel=32)
-    layout, order = compile_layout(alike, alike, machine, 512)
+    layout, order, _ = compile_layout(alike, alike, machine, 512)
     assert layout is not None
     assert sum(read.columns for read in layout.reads) == len(order) == made
     assert sorted(order)[:columns] == list(range(columns))

@@ -21,6 +21,7 @@ from gaudi_jax.compression.surgery import (
 )
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import PackedLinear, Sigma
+from gaudi_jax.layers.cells import Cells
 from gaudi_jax.layers.factory import GRID_LAYERS
 from gaudi_jax.layers.packed import Layout
 from gaudi_jax.layers.tiles import Tiles
@@ -124,7 +125,7 @@ def _pack(model: nnx.Module, plan: Mapping[str, Any]) -> None:
         become(layer, nnx.eval_shape(empty) if abstract else empty())
 
 
-def _layout(path: str, entry: Mapping[str, Any]) -> Layout | Tiles | None:
+def _layout(path: str, entry: Mapping[str, Any]) -> Layout | Tiles | Cells | None:
     if "layout" not in entry:
         raise UserError(
             f"layer {path!r} of the plan lacks its layout; give that of gaudi_jax.harden"
@@ -132,8 +133,9 @@ def _layout(path: str, entry: Mapping[str, Any]) -> Layout | Tiles | None:
     lists = entry["layout"]
     if lists is None:
         return None
-    tiled = isinstance(lists, Mapping) and "tables" in lists
-    return Tiles.from_lists(lists) if tiled else Layout.from_lists(lists)
+    if isinstance(lists, Mapping) and "tables" in lists:
+        return (Cells if "grid" in lists else Tiles).from_lists(lists)
+    return Layout.from_lists(lists)
 
 
 def plan_table(plan: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.errors import reason
 from gaudi_jax.kernels import on_hopper
 from gaudi_jax.layers import GaudiLinear, PackedLinear
+from gaudi_jax.layers.cells import Cells
 from gaudi_jax.training.workdir import write_atomically
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,10 @@ TILES = (
     (64, ((256, 4, 1), (256, 4, 1))),
     (256, ((128, 4, 1), (128, 4, 1))),
 )
-#: A layout, or columns of a tile and the tilings of both products.
-Choice = Compiled | tuple[int, tuple[Tiling, Tiling]]
+#: Products cell by cell are measured where by the model they take at most so much longer.
+LONGER = 2.0
+#: Slices, cells, or columns of a tile and the tilings of both products.
+Choice = Compiled | Cells | tuple[int, tuple[Tiling, Tiling]]
 
 
 def fastest(
@@ -73,23 +76,31 @@ def fastest(
 
 
 def _packed(packer: Packer, choice: Choice) -> PackedLinear:
+    if isinstance(choice, Cells):
+        return packer.pack_cells(choice)
     return packer.pack(choice) if isinstance(choice, Compiled) else packer.tile(*choice)
 
 
 def _choices(packer: Packer, machine: Machine, tokens: int) -> list[Choice]:
-    """Different layouts, of which one is none, a dense kernel; and tiles where a kernel runs."""
-    found = {}
-    for factor in OVERHEADS:
-        compiled = packer.compile(machine._replace(overhead=factor * machine.overhead), tokens)
-        found[compiled.layout] = compiled
+    """Different layouts, of which one is none, a dense kernel.
+
+    Cells are among them where there are few vectors, tiles where a kernel runs.
+    """
+    by_overhead = {
+        factor: packer.compile(machine._replace(overhead=factor * machine.overhead), tokens)
+        for factor in OVERHEADS
+    }
+    found = {compiled.layout: compiled for compiled in by_overhead.values()}
     dense = next(iter(found.values()))._replace(layout=None)
     found.pop(None, None)
+    cells, seconds = packer.cells(machine, tokens)
+    few = [cells] if seconds <= LONGER * by_overhead[1.0].seconds else []
     tiles = [
         (width, tilings)
         for width, tilings in TILES
         if packer.dtype == jnp.bfloat16 and on_hopper() and packer.tileable(width)
     ]
-    return [*found.values(), dense, *tiles]
+    return [*found.values(), dense, *few, *tiles]
 
 
 def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
@@ -136,7 +147,7 @@ def _measure(packer: Packer, choices: list[Choice], tokens: int) -> list[float]:
         try:
             return Running(_packed(packer, choice), x, times=times)
         except Exception as error:  # a kernel that this GPU or version does not take
-            if isinstance(choice, Compiled):
+            if isinstance(choice, Compiled | Cells):
                 raise
             log.warning("tiles %s cannot be measured: %s", choice, reason(error))
             return NO_ROOM if "RESOURCE_EXHAUSTED" in str(error) else REFUSED

@@ -35,10 +35,12 @@ class Compiled(NamedTuple):
     Attributes:
         layout: the products, or None for one product with the composed kernel.
         order: the columns in the order of the layout; K, their number, for a column of zeros.
+        seconds: that they take, by the model.
     """
 
     layout: Layout | None
     order: np.ndarray
+    seconds: float
 
 
 def compile_layout(
@@ -62,7 +64,7 @@ def compile_layout(
         >>> fine = Machine(0.0, 1.0, 1e9, 1e9, 1)
         >>> reads = Windows(np.array([0, 0]), np.array([4, 4]), 8)
         >>> writes = Windows(np.array([0, 2]), np.array([2, 6]), 8)
-        >>> layout, order = compile_layout(reads, writes, fine, tokens=64)
+        >>> layout, order, _ = compile_layout(reads, writes, fine, tokens=64)
         >>> [tuple(read) for read in layout.reads]
         [(0, 4, 2)]
         >>> [tuple(write) for write in layout.writes]
@@ -87,7 +89,7 @@ def compile_layout(
     cuts, more = _cut(writes, machine, tokens, itemsize)
     seconds += more
     if dense <= seconds:
-        return Compiled(None, order)
+        return Compiled(None, order, float(dense))
     inside = np.pad(_inside(writes, cuts), ((0, 1), (0, 0)))[order]
     _, whole = _run_price(np.diff(cuts), inside.sum(axis=0), len(order), machine, tokens, itemsize)
     inside = inside | whole
@@ -98,7 +100,7 @@ def compile_layout(
             for first, last, active in zip(cuts[:-1], cuts[1:], inside.T, strict=True)
         ),
     )
-    return Compiled(layout, order)
+    return Compiled(layout, order, float(seconds))
 
 
 def _padded(columns: np.ndarray, machine: Machine, zeros: int) -> np.ndarray:

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gaudi_jax.deploy.cells import cell_values, cells_of
 from gaudi_jax.deploy.layout import Compiled, Windows, compile_layout
 from gaudi_jax.deploy.machine import Machine
 from gaudi_jax.deploy.tiles import tiles_of
 from gaudi_jax.kernels.table import CELL
 from gaudi_jax.layers import GaudiLinear, PackedLinear
+from gaudi_jax.layers.cells import Cells
 from gaudi_jax.layers.packed import Layout
 from gaudi_jax.layers.tiles import Tiles
 from gaudi_jax.masks import intervals
@@ -44,8 +46,14 @@ class Packer:
         return jnp.dtype(self.layer.dtype or self.layer.param_dtype)
 
     def compile(self, machine: Machine, tokens: int) -> Compiled:
-        """The fastest layout by the model of a machine, for a number of input vectors at once."""
+        """The fastest slices by the model of a machine, for a number of input vectors at once."""
         return compile_layout(self._reads, self._writes, machine, tokens, self.dtype.itemsize)
+
+    def cells(self, machine: Machine, tokens: int) -> tuple[Cells, float]:
+        """The products cell by cell, and the seconds that they take by the model of a machine."""
+        cells = cells_of(self._reads, self._writes, self.layer.rank, self.layer.granularity)
+        size = self.dtype.itemsize
+        return cells, sum(machine.cells(shape, tokens, size) for shape in cells.shapes)
 
     def pack(self, compiled: Compiled) -> PackedLinear:
         """The packed form with a layout."""
@@ -56,6 +64,15 @@ class Packer:
             for columns in self._live_columns()
         )
         packed.fill(left, right)
+        return packed
+
+    def pack_cells(self, cells: Cells) -> PackedLinear:
+        """The packed form, cell by cell."""
+        packed = self._empty(cells)
+        for matrices, values in zip(
+            (packed.v, packed.u), cell_values(cells, *self._live_columns()), strict=True
+        ):
+            matrices[0].set_value(jnp.asarray(values, packed.param_dtype))
         return packed
 
     def places(self) -> list[list[int]]:
@@ -73,11 +90,11 @@ class Packer:
         left, right = self._live_columns()
         first, second = tiles_of(self._reads, self._writes, left, right, width)
         packed = self._empty(Tiles(width, (first.table, second.table), tilings))
-        for values, product in ((packed.v, first), (packed.u, second)):
-            values[0][...] = jnp.asarray(product.tiles, packed.param_dtype)
+        for matrices, product in ((packed.v, first), (packed.u, second)):
+            matrices[0].set_value(jnp.asarray(product.tiles, packed.param_dtype))
         return packed
 
-    def _empty(self, layout: Layout | Tiles | None) -> PackedLinear:
+    def _empty(self, layout: Layout | Tiles | Cells | None) -> PackedLinear:
         """The packed form with its bias, and zeros."""
         layer = self.layer
         packed = PackedLinear(
@@ -113,7 +130,8 @@ class Packer:
 def pack(layer: GaudiLinear, machine: Machine, tokens: int) -> PackedLinear:
     """The packed form of a layer that is fastest by the model of a machine."""
     packer = Packer(layer)
-    return packer.pack(packer.compile(machine, tokens))
+    compiled, (cells, seconds) = packer.compile(machine, tokens), packer.cells(machine, tokens)
+    return packer.pack(compiled) if compiled.seconds <= seconds else packer.pack_cells(cells)
 
 
 def _places(layer: GaudiLinear, axis: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gaudi_jax.errors import UserError
-from gaudi_jax.kernels.table import CELL
 from gaudi_jax.layers.base import StructuredLinear, placed
+from gaudi_jax.layers.cells import Cells
 from gaudi_jax.layers.tiles import Tiles
 
 #: More ranges than these are gathered feature by feature: joining many slices is slower.
@@ -115,14 +115,14 @@ class PackedLinear(StructuredLinear):
     Args:
         in_features: features of the input.
         out_features: features of the output.
-        layout: the products, as slices or as tiles, or None for a dense kernel.
+        layout: the products, as slices, as tiles or cell by cell; None for a dense kernel.
         use_bias: whether to add a bias.
         dtype: dtype of the computation; None infers it from the input and the parameters.
         param_dtype: dtype of the parameters.
 
     Attributes:
-        v: one matrix (length, columns) for each read; or the cells of the first product.
-        u: one matrix (columns, length) for each write that reads columns; or the cells of the
+        v: one matrix (length, columns) for each read; or all cells of the first product.
+        u: one matrix (columns, length) for each write that reads columns; or all cells of the
             second product.
         dense: kernel of shape (in, out), or None.
         bias: shape (out_features,), or None.
@@ -144,13 +144,13 @@ class PackedLinear(StructuredLinear):
         self,
         in_features: int,
         out_features: int,
-        layout: Layout | Tiles | None,
+        layout: Layout | Tiles | Cells | None,
         *,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
     ):
-        if isinstance(layout, Tiles):
+        if isinstance(layout, Tiles | Cells):
             layout.check(in_features, out_features)
         elif layout is not None:
             _check(layout, in_features, out_features)
@@ -165,8 +165,8 @@ class PackedLinear(StructuredLinear):
             # From the host: nothing is compiled for each of the many shapes.
             return nnx.Param(jnp.asarray(np.zeros(shape, param_dtype)))
 
-        if isinstance(layout, Tiles):
-            first, second = ([zeros(len(t.cells), CELL, layout.width)] for t in layout.tables)
+        if isinstance(layout, Tiles | Cells):
+            first, second = ([zeros(*shape)] for shape in layout.shapes)
         else:
             reads, writes = layout or NOTHING
             first = [zeros(read.length, read.columns) for read in reads]
@@ -178,9 +178,9 @@ class PackedLinear(StructuredLinear):
     def fill(self, left: Float[np.ndarray, "k in"], right: Float[np.ndarray, "k out"]) -> None:
         """Sets the values from columns in the order of the reads, zero outside their windows.
 
-        Tiles are set as they are made (`gaudi_jax.deploy.tiles`).
+        Tiles and cells are set as they are made (`gaudi_jax.deploy.tiles` and `.cells`).
         """
-        assert not isinstance(self.layout, Tiles)
+        assert not isinstance(self.layout, Tiles | Cells)
         if self.dense is not None:
             kernel = jnp.matmul(left.T, right, precision="highest")
             self.dense.set_value(kernel.astype(self.param_dtype))
@@ -217,14 +217,14 @@ class PackedLinear(StructuredLinear):
 
     def affine(self, x: Float[Array, "*batch in"], out_sharding: Any = None) -> Array:
         """The product and the bias; a kernel adds it as it goes."""
-        if isinstance(self.layout, Tiles):
+        if isinstance(self.layout, Tiles | Cells):
             return placed(
-                self._tiled(x, None if self.bias is None else self.bias[...]), out_sharding
+                self._tabled(x, None if self.bias is None else self.bias[...]), out_sharding
             )
         return super().affine(x, out_sharding)
 
-    def _tiled(self, x: Array, bias: Array | None) -> Array:
-        assert isinstance(self.layout, Tiles)
+    def _tabled(self, x: Array, bias: Array | None) -> Array:
+        assert isinstance(self.layout, Tiles | Cells)
         between = self.layout.product(0, x, self.v[0][...])
         return self.layout.product(1, between, self.u[0][...], bias)
 
@@ -232,8 +232,8 @@ class PackedLinear(StructuredLinear):
         """The product ``x @ kernel()``."""
         if self.dense is not None:
             return jnp.matmul(x, self.dense[...].astype(x.dtype), out_sharding=out_sharding)
-        if isinstance(self.layout, Tiles):
-            return placed(self._tiled(x, None), out_sharding)
+        if isinstance(self.layout, Tiles | Cells):
+            return placed(self._tabled(x, None), out_sharding)
         reads, writes = self.layout or NOTHING
         hidden = [
             x[..., :0],

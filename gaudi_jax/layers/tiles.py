@@ -32,9 +32,15 @@ class Tiles(NamedTuple):
     tilings: tuple[tuple[int, int, int], tuple[int, int, int]]
 
     @property
+    def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Of the weights of both products."""
+        first, second = (len(table.cells) for table in self.tables)
+        return (first, CELL, self.width), (second, CELL, self.width)
+
+    @property
     def multiplications(self) -> int:
         """Of one input vector."""
-        return sum(sum(table.counts) for table in self.tables) * CELL * self.width
+        return sum(count * depth * width for count, depth, width in self.shapes)
 
     def product(
         self,
@@ -100,14 +106,11 @@ class Tiles(NamedTuple):
             UserError: it is something else.
         """
         try:
-            tables = [
-                Table(tuple(map(int, cells)), tuple(map(int, counts)))
-                for cells, counts in lists["tables"]
-            ]
+            tables = [Table.from_lists(*table) for table in lists["tables"]]
             tilings = [tuple(map(int, tiling)) for tiling in lists["tilings"]]
             whole = len(tables) == len(tilings) == 2 and all(len(t) == 3 for t in tilings)
-            if not whole or any(sum(t.counts) != len(t.cells) for t in tables):
-                raise ValueError("a table is not whole")
+            if not whole:
+                raise ValueError("two products have two tables, and two tilings of three numbers")
             return cls(int(lists["width"]), tuple(tables), tuple(tilings))  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(

@@ -1,0 +1,104 @@
+"""Packed layers cell by cell: the form for one or a few vectors at a time."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gaudi_jax.errors import UserError
+from gaudi_jax.kernels.table import Table
+
+
+class Cells(NamedTuple):
+    """The two products of a packed layer, each over the grid cells of single blocks.
+
+    With few input vectors time goes into reading weights. Here exactly those inside the blocks are
+    read; what each cell contributes is then added up. The first product makes the columns of the
+    blocks from cells of the inputs, the second makes cells of the outputs from the columns.
+
+    Attributes:
+        grid: features of a cell of the input axis, and of the output axis.
+        rank: columns of a block.
+        tables: the input cells of each block, and the blocks of each output cell.
+    """
+
+    grid: tuple[int, int]
+    rank: int
+    tables: tuple[Table, Table]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Of the weights of both products."""
+        first, second = (len(table.cells) for table in self.tables)
+        return (first, self.grid[0], self.rank), (second, self.rank, self.grid[1])
+
+    @property
+    def multiplications(self) -> int:
+        """Of one input vector."""
+        return sum(count * depth * width for count, depth, width in self.shapes)
+
+    def product(
+        self,
+        number: int,
+        x: Float[Array, "*batch n"],
+        weights: Float[Array, "cells depth width"],
+        bias: Float[Array, " m"] | None = None,
+    ) -> Float[Array, "*batch m"]:
+        """The first product (0) or the second (1), and the bias."""
+        table = self.tables[number]
+        parts = x.reshape(*x.shape[:-1], -1, weights.shape[1])[..., np.array(table.cells, int), :]
+        each = jnp.einsum("...tc,tcw->t...w", parts, weights.astype(x.dtype))
+        place = np.repeat(np.arange(len(table.counts)), table.counts)
+        sums = jax.ops.segment_sum(each, place, len(table.counts), indices_are_sorted=True)
+        y = jnp.moveaxis(sums, 0, -2).reshape(*x.shape[:-1], -1)
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    def check(self, in_features: int, out_features: int) -> None:
+        """Whether the tables fit the axes of a layer.
+
+        Raises:
+            UserError: they do not.
+        """
+        first, second = self.tables
+        if self.rank < 1 or min(self.grid) < 1 or in_features % self.grid[0]:
+            raise UserError(
+                f"cells of {self.grid} features and rank {self.rank} do not cut a layer of "
+                f"{in_features} inputs"
+            )
+        blocks = len(first.counts)
+        for table, count in ((first, in_features // self.grid[0]), (second, blocks)):
+            if any(not 0 <= cell < count for cell in table.cells):
+                raise UserError(f"the cells of a packed layer lie outside the {count} there are")
+        if len(second.counts) * self.grid[1] != out_features:
+            raise UserError(
+                f"{len(second.counts)} cells of {self.grid[1]} are not the layer's "
+                f"{out_features} output features"
+            )
+
+    def to_lists(self) -> dict[str, Any]:
+        """As plain values that JSON holds."""
+        return {
+            "grid": list(self.grid),
+            "rank": self.rank,
+            "tables": [[list(table.cells), list(table.counts)] for table in self.tables],
+        }
+
+    @classmethod
+    def from_lists(cls, lists: Mapping[str, Any]) -> "Cells":
+        """From what `to_lists` gives.
+
+        Raises:
+            UserError: it is something else.
+        """
+        try:
+            first, second = (Table.from_lists(*table) for table in lists["tables"])
+            grid = int(lists["grid"][0]), int(lists["grid"][1])
+            return cls(grid, int(lists["rank"]), (first, second))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the cells of a packed layer are damaged ({error}); give the plan that "
+                "gaudi_jax.harden returned"
+            ) from error
