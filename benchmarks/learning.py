@@ -118,6 +118,7 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
     own = f"budget={budget}"
     scratch = f"recipe=budget,{own}"
     search = f"layer=gaudi,recipe=search,{own}"
+    halfway = (f"--config.compress.stages=((0.3,{(1 + budget) / 2}),(0.5,{budget}))",)
     random = [
         f"--config.layer.{part}.{option}"
         for part, full_width in task.full_width.items()
@@ -156,9 +157,10 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
                 "--config.controller.end=0.4",
             ),
         ),
-        VARIANT + "half of the way first": (
-            search,
-            (f"--config.compress.stages=((0.3,{(1 + budget) / 2}),(0.5,{budget}))",),
+        VARIANT + "half of the way first": (search, halfway),
+        VARIANT + "low-rank, half of the way first": (
+            f"layer=low_rank,recipe=search,{own}",
+            halfway,
         ),
         VARIANT + "found anew": (
             search,
