@@ -104,6 +104,7 @@ def tasks(text: str, images: str = "") -> dict[str, Task]:
 
 
 SEARCH, GRID = "Gaudi, search", "Gaudi, search, grid 1/8"
+TWO_STEPS = "search in two steps"
 MATCHED = "low-rank, matched to Gaudi, search"
 FROZEN = (
     "--config.optimizer.structural_learning_rate=0.0",
@@ -117,8 +118,9 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
     """Arguments of the config, and options of the command line."""
     own = f"budget={budget}"
     scratch = f"recipe=budget,{own}"
-    search = f"layer=gaudi,recipe=search,{own}"
-    halfway = (f"--config.compress.stages=((0.3,{(1 + budget) / 2}),(0.5,{budget}))",)
+    search, low_rank = (f"layer={layer},recipe=search,{own}" for layer in ("gaudi", "low_rank"))
+    one_step = (f"--config.compress.stages=((0.5,{budget}),)",)
+    two_steps = (f"--config.compress.stages=((0.3,{(1 + budget) / 2}),(0.5,{budget}))",)
     random = [
         f"--config.layer.{part}.{option}"
         for part, full_width in task.full_width.items()
@@ -127,8 +129,9 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
     known = {
         "dense": ("layer=dense", ()),
         "low-rank, uniform": (f"layer=low_rank,{scratch}", ()),
-        "low-rank, search": (f"layer=low_rank,recipe=search,{own}", ()),
-        MATCHED: (f"layer=low_rank,recipe=search,{own}", ()),
+        "low-rank, search": (low_rank, one_step),
+        f"low-rank, {TWO_STEPS}": (low_rank, two_steps),
+        MATCHED: (low_rank, one_step),
         "Gaudi, budget": (f"layer=gaudi,{scratch}", ()),
         "Gaudi, controller only": (f"layer=gaudi,{scratch}", FROZEN),
         "Gaudi, frozen random": (
@@ -139,14 +142,13 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
             "layer=gaudi,recipe=paper",
             (f"--config.controller.target={task.paper_targets.get(budget)}",),
         ),
-        SEARCH: (search, ()),
-        GRID: (
-            search,
-            (f"--config.compress.granularity={task.width // 8}",),
-        ),
+        SEARCH: (search, one_step),
+        GRID: (search, (*one_step, f"--config.compress.granularity={task.width // 8}")),
+        f"Gaudi, {TWO_STEPS}": (search, two_steps),
         VARIANT + "gradients on the structure": (
             search,
             (
+                *one_step,
                 f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
                 f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
                 "--config.optimizer.layer_moment=True",
@@ -157,30 +159,25 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
                 "--config.controller.end=0.4",
             ),
         ),
-        VARIANT + "half of the way first": (search, halfway),
-        VARIANT + "low-rank, half of the way first": (
-            f"layer=low_rank,recipe=search,{own}",
-            halfway,
-        ),
         VARIANT + "found anew": (
             search,
             (f"--config.compress.stages=((0.5,{budget}),(0.7,{budget}))",),
         ),
         VARIANT + "early": (search, (f"--config.compress.stages=((0.3,{budget}),)",)),
         VARIANT + "late": (search, (f"--config.compress.stages=((0.8,{budget}),)",)),
-        VARIANT + "low-rank, late": (
-            f"layer=low_rank,recipe=search,{own}",
-            (f"--config.compress.stages=((0.8,{budget}),)",),
-        ),
+        VARIANT + "low-rank, late": (low_rank, (f"--config.compress.stages=((0.8,{budget}),)",)),
         **{
             f"{VARIANT}{kind}, factors {scale:g} times as fast": (
                 f"layer={layer},recipe=search,{own}",
-                (f"--config.optimizer.factor_scale={scale}",),
+                (*one_step, f"--config.optimizer.factor_scale={scale}"),
             )
             for scale in (1.0, 2.0)
             for kind, layer in (("Gaudi", "gaudi"), ("low-rank", "low_rank"))
         },
-        VARIANT + "uniform budgets": (search, ("--config.compress.allocation=uniform",)),
+        VARIANT + "uniform budgets": (
+            search,
+            (*one_step, "--config.compress.allocation=uniform"),
+        ),
     }
     if budget not in task.paper_targets:  # nobody knows where it would end
         del known["Gaudi, paper"]
@@ -292,7 +289,7 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
         axes.set(xlabel="multiplications of the blocks over dense", ylabel=f"test {measure}")
         axes.legend(fontsize=7)
     everything.set_title(task)
-    near.set_title("dense layers for half of the steps")
+    near.set_title("dense layers first")
     figure.savefig(RESULTS / f"learning-{task}.png")
 
 
