@@ -175,7 +175,7 @@ def block_multiplications(
         in_features: length of the input axis.
         out_features: length of the output axis.
         rank: columns of each block.
-        granularity: grid cell of each axis, in features.
+        granularity: grid cell of each axis, in features; a tuple.
 
     Returns:
         Multiplications, shape (B,), int32 (exact up to 2^31).

@@ -237,9 +237,9 @@ for worker in multiprocessing.active_children():
     status = pathlib.Path(f"/proc/{worker.pid}/status").read_text()
     print(re.search(r"SigBlk:\\s*(\\w+)", status)[1])
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
     blocked = [int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in run.stdout.split()]
     assert blocked == [1, 1], run.stderr
 

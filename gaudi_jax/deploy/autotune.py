@@ -93,8 +93,8 @@ def _choices(packer: Packer, machine: Machine, tokens: int) -> list[Choice]:
     found = {compiled.layout: compiled for compiled in by_overhead.values()}
     dense = next(iter(found.values()))._replace(layout=None)
     found.pop(None, None)
-    cells, seconds = packer.cells(machine, tokens)
-    few = [cells] if seconds <= LONGER * by_overhead[1.0].seconds else []
+    longest = LONGER * by_overhead[1.0].seconds
+    few = [packer.cells()] if packer.seconds_by_cell(machine, tokens) <= longest else []
     tiles = [
         (width, tilings)
         for width, tilings in TILES

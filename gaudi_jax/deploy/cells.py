@@ -34,6 +34,17 @@ def cells_of(reads: Windows, writes: Windows, rank: int, grid: tuple[int, int]) 
     return Cells(grid, rank, (_table(read), _table(written.T)))
 
 
+def cell_shapes(
+    reads: Windows, writes: Windows, rank: int, grid: tuple[int, int]
+) -> list[tuple[int, int, int]]:
+    """What `cells_of(...).shapes` would be, without the tables."""
+    first, second = (
+        int(windows.length[::rank].sum()) // cell
+        for windows, cell in zip((reads, writes), grid, strict=True)
+    )
+    return [(first, grid[0], rank), (second, rank, grid[1])]
+
+
 def cell_values(cells: Cells, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The weights of both products in the order of the tables.
 
@@ -41,6 +52,19 @@ def cell_values(cells: Cells, left: np.ndarray, right: np.ndarray) -> tuple[np.n
         cells: the layout.
         left: the columns on the input axis, zero outside their windows, shape (K, n).
         right: the same on the output axis, shape (K, m).
+
+    Returns:
+        Arrays of `Cells.shapes`.
+
+    Example:
+        >>> import numpy as np
+        >>> from gaudi_jax.deploy.cells import cell_values, cells_of
+        >>> from gaudi_jax.deploy.layout import Windows
+        >>> half = Windows(np.array([2]), np.array([2]), 4)
+        >>> cells = cells_of(half, half, rank=1, grid=(2, 2))
+        >>> v, u = cell_values(cells, np.array([[0, 0, 5, 6]]), np.array([[0, 0, 7, 8]]))
+        >>> v.tolist(), u.tolist()
+        ([[[5], [6]]], [[[7, 8]]])
     """
     (first, second), (n, m) = cells.tables, cells.grid
     by_cell = left.reshape(-1, cells.rank, left.shape[1] // n, n).transpose(0, 2, 3, 1)

@@ -1,10 +1,12 @@
 """One Gaudi layer, packed."""
 
+from functools import cached_property
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gaudi_jax.deploy.cells import cell_values, cells_of
+from gaudi_jax.deploy.cells import cell_shapes, cell_values, cells_of
 from gaudi_jax.deploy.layout import Compiled, Windows, compile_layout
 from gaudi_jax.deploy.machine import Machine
 from gaudi_jax.deploy.tiles import tiles_of
@@ -49,11 +51,14 @@ class Packer:
         """The fastest slices by the model of a machine, for a number of input vectors at once."""
         return compile_layout(self._reads, self._writes, machine, tokens, self.dtype.itemsize)
 
-    def cells(self, machine: Machine, tokens: int) -> tuple[Cells, float]:
-        """The products cell by cell, and the seconds that they take by the model of a machine."""
-        cells = cells_of(self._reads, self._writes, self.layer.rank, self.layer.granularity)
-        size = self.dtype.itemsize
-        return cells, sum(machine.cells(shape, tokens, size) for shape in cells.shapes)
+    def cells(self) -> Cells:
+        """The products cell by cell."""
+        return cells_of(self._reads, self._writes, self.layer.rank, self.layer.granularity)
+
+    def seconds_by_cell(self, machine: Machine, tokens: int) -> float:
+        """What the products cell by cell take by the model of a machine."""
+        shapes = cell_shapes(self._reads, self._writes, self.layer.rank, self.layer.granularity)
+        return sum(machine.cells(shape, tokens, self.dtype.itemsize) for shape in shapes)
 
     def pack(self, compiled: Compiled) -> PackedLinear:
         """The packed form with a layout."""
@@ -61,7 +66,7 @@ class Packer:
         left, right = (
             # The last row is the columns of zeros in a layout.
             np.pad(columns, ((0, 1), (0, 0)))[compiled.order]
-            for columns in self._live_columns()
+            for columns in self._live_columns
         )
         packed.fill(left, right)
         return packed
@@ -70,7 +75,7 @@ class Packer:
         """The packed form, cell by cell."""
         packed = self._empty(cells)
         for matrices, values in zip(
-            (packed.v, packed.u), cell_values(cells, *self._live_columns()), strict=True
+            (packed.v, packed.u), cell_values(cells, *self._live_columns), strict=True
         ):
             matrices[0].set_value(jnp.asarray(values, packed.param_dtype))
         return packed
@@ -87,7 +92,7 @@ class Packer:
 
     def tile(self, width: int, tilings: tuple[Tiling, Tiling]) -> PackedLinear:
         """The packed form as two block-sparse products."""
-        left, right = self._live_columns()
+        left, right = self._live_columns
         first, second = tiles_of(self._reads, self._writes, left, right, width)
         packed = self._empty(Tiles(width, (first.table, second.table), tilings))
         for matrices, product in ((packed.v, first), (packed.u, second)):
@@ -109,6 +114,7 @@ class Packer:
             packed.bias.set_value(layer.bias[...])
         return packed
 
+    @cached_property
     def _live_columns(self) -> list[np.ndarray]:
         """The columns on both axes, zero outside their windows.
 
@@ -130,8 +136,10 @@ class Packer:
 def pack(layer: GaudiLinear, machine: Machine, tokens: int) -> PackedLinear:
     """The packed form of a layer that is fastest by the model of a machine."""
     packer = Packer(layer)
-    compiled, (cells, seconds) = packer.compile(machine, tokens), packer.cells(machine, tokens)
-    return packer.pack(compiled) if compiled.seconds <= seconds else packer.pack_cells(cells)
+    compiled = packer.compile(machine, tokens)
+    if packer.seconds_by_cell(machine, tokens) < compiled.seconds:
+        return packer.pack_cells(packer.cells())
+    return packer.pack(compiled)
 
 
 def _places(layer: GaudiLinear, axis: int) -> tuple[np.ndarray, np.ndarray]:

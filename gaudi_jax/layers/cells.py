@@ -23,6 +23,18 @@ class Cells(NamedTuple):
         grid: features of a cell of the input axis, and of the output axis.
         rank: columns of a block.
         tables: the input cells of each block, and the blocks of each output cell.
+
+    Example:
+        One block of rank 1 that reads the second cell of two, and writes both cells of the output:
+
+        >>> import jax.numpy as jnp
+        >>> from gaudi_jax.kernels.table import Table
+        >>> from gaudi_jax.layers.cells import Cells
+        >>> cells = Cells((2, 1), 1, (Table((1,), (1,)), Table((0, 0), (1, 1))))
+        >>> cells.shapes, cells.multiplications
+        (((1, 2, 1), (2, 1, 1)), 4)
+        >>> cells.product(0, jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.ones((1, 2, 1)))
+        Array([7.], dtype=float32)
     """
 
     grid: tuple[int, int]
@@ -47,13 +59,18 @@ class Cells(NamedTuple):
         weights: Float[Array, "cells depth width"],
         bias: Float[Array, " m"] | None = None,
     ) -> Float[Array, "*batch m"]:
-        """The first product (0) or the second (1), and the bias."""
-        table = self.tables[number]
-        parts = x.reshape(*x.shape[:-1], -1, weights.shape[1])[..., np.array(table.cells, int), :]
-        each = jnp.einsum("...tc,tcw->t...w", parts, weights.astype(x.dtype))
-        place = np.repeat(np.arange(len(table.counts)), table.counts)
-        sums = jax.ops.segment_sum(each, place, len(table.counts), indices_are_sorted=True)
-        y = jnp.moveaxis(sums, 0, -2).reshape(*x.shape[:-1], -1)
+        """The first product (0) or the second (1), and the bias; sums are kept in float32."""
+        table, (_, depth, width) = self.tables[number], weights.shape
+        parts = x.reshape(*x.shape[:-1], x.shape[-1] // depth, depth)
+        each = jnp.einsum(
+            "...tc,tcw->t...w",
+            parts[..., np.array(table.cells, int), :],
+            weights.astype(x.dtype),
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
+        place, tiles = np.repeat(np.arange(len(table.counts)), table.counts), len(table.counts)
+        sums = jax.ops.segment_sum(each, place, tiles, indices_are_sorted=True).astype(x.dtype)
+        y = jnp.moveaxis(sums, 0, -2).reshape(*x.shape[:-1], tiles * width)
         return y if bias is None else y + bias.astype(y.dtype)
 
     def check(self, in_features: int, out_features: int) -> None:
@@ -95,9 +112,9 @@ class Cells(NamedTuple):
         """
         try:
             first, second = (Table.from_lists(*table) for table in lists["tables"])
-            grid = int(lists["grid"][0]), int(lists["grid"][1])
-            return cls(grid, int(lists["rank"]), (first, second))
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+            cell_in, cell_out = map(int, lists["grid"])
+            return cls((cell_in, cell_out), int(lists["rank"]), (first, second))
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"the cells of a packed layer are damaged ({error}); give the plan that "
                 "gaudi_jax.harden returned"

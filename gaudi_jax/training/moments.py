@@ -7,6 +7,7 @@ of products of factors. Training then goes on without a new warm-up.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -150,28 +151,29 @@ def _factor_moments(
     Each entry of the kernel is a sum of products of factors, so that its derivative by one of them
     is a product of the others, whose power is that product of the others' powers.
     """
-    graphdef, params, other = split_model(layer)
-    names = [
+    content = tuple(
         name
         for name, variable in vars(layer).items()
         if isinstance(variable, nnx.Param)
         and not isinstance(variable, Structural)
         and name != "bias"
-    ]
+    )
+    return _carried(content, *split_model(layer), first, second)
 
-    # Blocks differ in number from layer to layer: one program each, instead of one an operation.
-    @jax.jit
-    def carried(params: dict[str, Array], *moments: Array) -> list[dict[str, Array]]:
-        def kernel(factors: dict[str, Array]) -> Array:
-            return nnx.merge(graphdef, params | factors, other).kernel()
 
-        found = []
-        for power, moment in enumerate(moments, 1):
-            factors = {name: params[name].astype(jnp.float32) ** power for name in names}
-            found.extend(jax.vjp(kernel, factors)[1](moment.astype(jnp.float32)))
-        return found
+# Blocks differ in number from layer to layer: one program each, instead of one an operation.
+@partial(jax.jit, static_argnums=(0, 1))
+def _carried(
+    content: tuple[str, ...], graphdef: Any, params: Any, other: Any, *moments: Array
+) -> list[dict[str, Array]]:
+    def kernel(factors: dict[str, Array]) -> Array:
+        return nnx.merge(graphdef, params | factors, other).kernel()
 
-    return carried(params, first, second)
+    found = []
+    for power, moment in enumerate(moments, 1):
+        factors = {name: params[name].astype(jnp.float32) ** power for name in content}
+        found.extend(jax.vjp(kernel, factors)[1](moment.astype(jnp.float32)))
+    return found
 
 
 def _is_adam(state: Any) -> bool:

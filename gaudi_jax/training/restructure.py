@@ -87,11 +87,11 @@ def restructure(
     # The test split is for what a run starts from and ends with.
     splits = ("validation", "test") if phase.first == 0 else ("validation",)
     results: dict[str, float] = {"phase": phase.number}
-    dense = densify(model)
     structured = any(isinstance(m, StructuredLinear) for _, m in nnx.iter_modules(model))
     if not structured:
         results |= _evaluated("dense", model, task, splits)
     start = time.perf_counter()
+    dense = densify(model)
     if structured and moments is not None:
         moments = estimate_moments(dense, moments, task, max(options.calibration_batches, 1))
     dense.eval()
@@ -108,7 +108,7 @@ def restructure(
         write_atomically(phase.plan_file(workdir), text + "\n")
     compressed = _of_primary(compressed, dense, phase.plan_file(workdir))
     if moments is not None:
-        moments = carry_moments(moments, compressed)
+        moments = jax.block_until_ready(carry_moments(moments, compressed))
     results["compress_seconds"] = time.perf_counter() - start
     results |= _evaluated("compressed", compressed, task, splits)
     compressed.train()
