@@ -1,8 +1,11 @@
 """From structured layers back to dense ones."""
 
+from functools import partial
 from typing import Any
 
+import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from gaudi_jax.compression.surgery import become
 from gaudi_jax.layers import GeneralLinear, StructuredLinear
@@ -54,7 +57,13 @@ def _dense(layer: StructuredLinear, general: GeneralLinear | None = None) -> nnx
             **options,
         )
     )
-    dense.kernel.set_value(layer.kernel().reshape(dense.kernel.shape).astype(layer.param_dtype))
+    kernel = _kernel(*nnx.split(layer))
+    dense.kernel.set_value(kernel.reshape(dense.kernel.shape).astype(layer.param_dtype))
     if layer.bias is not None:
         dense.bias.set_value(layer.bias.get_value().reshape(dense.bias.shape))
     return dense
+
+
+@partial(jax.jit, static_argnums=0)  # one program a layer, instead of one an operation
+def _kernel(graphdef: nnx.GraphDef, state: nnx.State) -> Float[Array, "in out"]:
+    return nnx.merge(graphdef, state).kernel()
