@@ -3,9 +3,10 @@
     python benchmarks/memory.py [--config configs/vit_b_gaudi.py] [--arguments recipe=budget]
         [--devices 8] [--mesh 8 1 1] [--remat] [--accumulate 1]
 
-The step is the first one of a run: of dense layers, where the recipe begins with them. Compiles it for forced devices of the CPU, whose compiler tells what it has planned, and
-lowers it for TPUs and CUDA on as many abstract devices. What is compiled for a TPU or a GPU takes
-other temporaries; the state is the same.
+The step is the first one of a run: of dense layers, where the recipe begins with them. Compiles it
+for forced devices of the CPU, whose compiler tells what it has planned, and lowers it for TPUs and
+CUDA on as many abstract devices. What is compiled for a TPU or a GPU takes other temporaries; the
+state is the same.
 """
 
 import argparse

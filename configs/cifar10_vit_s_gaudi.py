@@ -9,9 +9,9 @@ Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
 ``PATH/train/<class>/*``. 5000 training images are held out.
 
 ``gpu``: the model is 768 wide with 8 blocks of 8 heads on 4x4 patches. 45 000 images x 300 epochs /
-1024 = 13 183 steps. As in the paper: learning rate 5e-4 with a cosine, weight decay 0.05, mixup 0.8,
-cutmix 1.0, label smoothing 0.1, drop path 0.1; ``recipe=paper`` adds a structural learning rate of
-5e-3. Hardware: one GPU or TPU. Time and accuracy of full runs have not been measured yet.
+1024 = 13 183 steps. As in the paper: learning rate 5e-4 with a cosine, weight decay 0.05, mixup
+0.8, cutmix 1.0, label smoothing 0.1, drop path 0.1; ``recipe=paper`` adds a structural learning
+rate of 5e-3. Hardware: one GPU or TPU. Time and accuracy of full runs have not been measured yet.
 
 ``cpu``: 96 wide with 4 blocks of 4 heads, 2000 steps of 64 images, without mixup, cutmix and drop
 path: some minutes on two CPU cores, and far from converged.

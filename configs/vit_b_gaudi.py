@@ -9,9 +9,10 @@ Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
 ``PATH/train/<class>/*`` and ``PATH/validation/<class>/*``.
 
 1 281 167 images x 310 epochs (300 and 10 of cooldown) / 1024 = 387 853 steps. As in the paper:
-learning rate 1e-3, 10 epochs of warm-up from 1e-6, a cosine to 1e-5, weight decay 0.05, random resized crops, RandAugment of magnitude 9, random erasing 0.25, mixup
-0.8, cutmix 1.0, label smoothing 0.1. ``recipe=paper`` adds a structural learning rate of 1e-3, sigma
-1 -> 100 and the threshold controller (0.04, target width 0.12).
+learning rate 1e-3, 10 epochs of warm-up from 1e-6, a cosine to 1e-5, weight decay 0.05, random
+resized crops, RandAugment of magnitude 9, random erasing 0.25, mixup 0.8, cutmix 1.0, label
+smoothing 0.1. ``recipe=paper`` adds a structural learning rate of 1e-3, sigma 1 -> 100 and the
+threshold controller (0.04, target width 0.12).
 
 Published: dense 78.57-78.7 % top-1 at 17.2 G multiplications, Gaudi-GBLR 78.51 % at 5.65 G.
 Hardware: a TPU slice or a node of GPUs. Accuracy with this code has not been measured yet.
