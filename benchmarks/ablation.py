@@ -81,11 +81,15 @@ def variants() -> dict[tuple[str, str], tuple[str, tuple[str, ...]]]:
         (group, "no floors of layers"): (scratch, ("--config.controller.floor=0.0",)),
     }
     group = "search recipe"
+    half, tenth = (f"--config.compress.stages=(({share},{BUDGET}),)" for share in (0.5, 0.1))
     found |= {
-        (group, f"{USUAL}: rank 1, grid 1, half dense"): (search, ()),
-        (group, "rank 4"): (search, ("--config.compress.rank=4",)),
-        (group, "dense for a tenth"): (search, (f"--config.compress.stages=((0.1,{BUDGET}),)",)),
-        (group, "not aware of activations"): (search, ("--config.compress.calibration_batches=0",)),
+        (group, f"{USUAL}: rank 1, grid 1, half dense"): (search, (half,)),
+        (group, "rank 4"): (search, (half, "--config.compress.rank=4")),
+        (group, "dense for a tenth"): (search, (tenth,)),
+        (group, "not aware of activations"): (
+            search,
+            (half, "--config.compress.calibration_batches=0"),
+        ),
     }
     return found
 

@@ -57,6 +57,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     argument, options = METHODS[method]
     if method != "dense":
         argument = f"{argument},recipe=search,budget={budget}"
+        options = (*options, f"--config.compress.stages=((0.5,{budget}),)")
     filled = [option.format(grid=task.width // 8) for option in options]
     summary = train(
         task.config + argument,

@@ -86,6 +86,14 @@ def test_how_fast_factors_learn(module, arguments, scale):
     assert module.get_config(arguments).optimizer.factor_scale == scale
 
 
+@pytest.mark.parametrize("layer", ["gaudi", "low_rank"])
+def test_by_default_layers_are_compressed_in_two_steps(layer):
+    config = digits_vit_gaudi.get_config(f"layer={layer},budget=0.25")
+    assert config.compress.method == layer
+    assert config.compress.stages == ((0.3, 0.625), (0.5, 0.25))
+    assert {options.name for options in config.layer.values()} == {"dense"}
+
+
 def test_cifar_has_a_size_for_a_cpu():
     config = cifar10_vit_s_gaudi.get_config("size=cpu,layer=dense")
     assert (config.model.width, config.model.dtype, config.train.steps) == (96, "float32", 2000)
