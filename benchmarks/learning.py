@@ -164,6 +164,7 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
             (f"--config.compress.stages=((0.5,{budget}),(0.7,{budget}))",),
         ),
         VARIANT + "early": (search, (f"--config.compress.stages=((0.3,{budget}),)",)),
+        VARIANT + "low-rank, early": (low_rank, (f"--config.compress.stages=((0.3,{budget}),)",)),
         VARIANT + "late": (search, (f"--config.compress.stages=((0.8,{budget}),)",)),
         VARIANT + "low-rank, late": (low_rank, (f"--config.compress.stages=((0.8,{budget}),)",)),
         **{

@@ -45,10 +45,9 @@ def use_layer(
 ) -> None:
     """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
 
-    The search recipe: dense layers for three tenths of the steps, whose kernels are then compressed
-    by search half of the way, and at half of the steps to the budget. The budget recipe: hard masks
-    from the first step with a smoothed derivative, and a budget of multiplications that falls along
-    a cubic.
+    The search recipe: dense layers for half of the steps, whose kernels are then compressed by
+    search. The budget recipe: hard masks from the first step with a smoothed derivative, and a
+    budget of multiplications that falls along a cubic.
 
     Args:
         config: changed in place; each part of ``config.layer`` gets its layer.
@@ -106,7 +105,7 @@ def use_layer(
 
 
 def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> None:
-    """Trains dense layers for a while, compresses them in two steps, and goes on."""
+    """Trains dense layers for a while, compresses them, and goes on."""
     kinds = set(names.values()) - {"dense"}
     if len(kinds) > 1:
         raise UserError(
@@ -120,9 +119,7 @@ def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> N
     }
     config.compress.update(
         method=kinds.pop(),
-        # Half of what is to go goes first: worth more than the search's other choices
-        # (docs/learning.md).
-        stages=((0.3, (1 + args["budget"]) / 2), (0.5, args["budget"])),
+        stages=((0.5, args["budget"]),),
         rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
         calibration_batches=16,
         rounds=20,  # what is trained on need not be found to the last digit
