@@ -15,8 +15,8 @@ from tabulate import tabulate
 
 VARIANTS = {
     "dense": "digits_vit_gaudi.py:layer=dense",
-    "gaudi": "digits_vit_gaudi.py",
-    "low_rank": "digits_vit_gaudi.py:layer=low_rank",
+    "gaudi, search": "digits_vit_gaudi.py:recipe=search",
+    "low_rank, search": "digits_vit_gaudi.py:layer=low_rank,recipe=search",
     "gaudi, from scratch": "digits_vit_gaudi.py:recipe=budget",
     "gaudi, paper's recipe": "digits_vit_gaudi.py:recipe=paper",
     # Ranks are whole numbers: this budget gives 33.7 %, not less than the Gaudi runs.

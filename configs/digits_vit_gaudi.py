@@ -4,7 +4,7 @@
     python main.py --config=configs/digits_vit_gaudi.py:layer=dense --workdir=runs/dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=search|budget|paper``, ``budget=0.33``, ``smoke``.
+``recipe=budget|search|paper``, ``budget=0.33``, ``smoke``.
 
 1097 training images of 8x8 pixels, 3000 steps of 64: 175 epochs. About a minute on two CPU cores.
 Expected test accuracies, over five seeds, are in docs/results.md.
@@ -15,7 +15,7 @@ from configs.recipes import paper_from_scratch, use_layer
 
 
 def get_config(arguments: str | None = None):
-    args = parse_arguments(arguments, LAYER_ARGUMENTS | {"budget": 0.33})
+    args = parse_arguments(arguments, LAYER_ARGUMENTS | {"recipe": "budget", "budget": 0.33})
     config = base_config()
     config.data.update(name="digits", image_size=8, batch_size=64, crop_padding=1)
     config.model.update(pool="mean", position_scale=1.0)
