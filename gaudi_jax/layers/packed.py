@@ -178,7 +178,8 @@ class PackedLinear(StructuredLinear):
     def fill(self, left: Float[np.ndarray, "k in"], right: Float[np.ndarray, "k out"]) -> None:
         """Sets the values from columns in the order of the reads, zero outside their windows.
 
-        Tiles and cells are set as they are made (`gaudi_jax.deploy.tiles` and `.cells`).
+        Tiles and cells are set as they are made (`gaudi_jax.deploy.tiles`,
+        `gaudi_jax.deploy.cells`).
         """
         assert not isinstance(self.layout, Tiles | Cells)
         if self.dense is not None:
