@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from runs import RESULTS, ROOT, Row, RunError, Table, block_cost, layer_costs, run_all, train
 from tables import differences, standard_error, with_error
@@ -285,7 +286,8 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
             points.append((cost, np.mean(values), standard_error(values)))
         x, y, error = zip(*points, strict=True)
         for axes in (everything, near) if "search" in method or method == "dense" else [everything]:
-            axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=method, color=f"C{number}")
+            color = colormaps["tab20"](number)
+            axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=method, color=color)
     for axes in (everything, near):
         axes.set(xlabel="multiplications of the blocks over dense", ylabel=f"test {measure}")
         axes.legend(fontsize=7)
