@@ -84,7 +84,7 @@ def _packed(packer: Packer, choice: Choice) -> PackedLinear:
 def _choices(packer: Packer, machine: Machine, tokens: int) -> list[Choice]:
     """Different layouts, of which one is none, a dense kernel.
 
-    Cells are among them where there are few vectors, tiles where a kernel runs.
+    Cells are among them where the model finds them near the fastest, tiles where a kernel runs.
     """
     by_overhead = {
         factor: packer.compile(machine._replace(overhead=factor * machine.overhead), tokens)

@@ -1,4 +1,4 @@
-"""Packed layers cell by cell: the form for one or a few vectors at a time."""
+"""Packed layers cell by cell: the form for one vector at a time."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from gaudi_jax.kernels.table import Table
 class Cells(NamedTuple):
     """The two products of a packed layer, each over the grid cells of single blocks.
 
-    With few input vectors time goes into reading weights. Here exactly those inside the blocks are
+    With one input vector time goes into reading weights. Here exactly those inside the blocks are
     read; what each cell contributes is then added up. The first product makes the columns of the
     blocks from cells of the inputs, the second makes cells of the outputs from the columns.
 
