@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import jax
@@ -188,6 +190,24 @@ def test_a_device_without_room_is_one_sentence(capsys):
     assert printed.count("\n") == 1
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         exit_status(lambda: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: else")))
+
+
+def test_a_command_ends_when_its_shared_memory_is_freed():
+    """As Grain frees it: in a thread, which has not always come to it when the command ends."""
+    blocks = [SharedMemory(create=True, size=8)]
+
+    def free():
+        time.sleep(0.5)
+        block = blocks.pop()
+        block.close()
+        block.unlink()
+
+    def fail():
+        threading.Thread(target=free).start()
+        raise UserError("none")
+
+    assert exit_status(fail) == 1
+    assert not blocks
 
 
 def read_a_batch_and_die(pipe):
