@@ -3,12 +3,15 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,7 @@ def train(
         measure: what else is read off the workdir, which is gone afterwards.
     """
     with tempfile.TemporaryDirectory() as workdir:
-        start, code = time.perf_counter(), commit()
+        start, waited, code = time.perf_counter(), _trainings.stopped, commit()
         command = [
             sys.executable,
             "main.py",
@@ -57,22 +60,65 @@ def train(
             f"--workdir={workdir}",
             *options,
         ]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise failed(command, done.stderr)
+        _trainings.run(command)
         summary = json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8"))
         if keep is not None and (Path(workdir) / "masks.png").exists():
             keep.parent.mkdir(parents=True, exist_ok=True)
             keep.write_bytes((Path(workdir) / "masks.png").read_bytes())
-        summary["seconds"] = round(time.perf_counter() - start)
+        taken = time.perf_counter() - start - (_trainings.stopped - waited)
+        summary["seconds"] = round(taken)
         summary |= {
             "commit": code,
             "jax": summary["versions"]["jax"],
             "date": date.today().isoformat(),
         }
         return summary | (measure(workdir) if measure else {})
+
+
+class _Runs:
+    """The trainings that are going on, which stand still while one of them is measured."""
+
+    def __init__(self) -> None:
+        self.stopped = 0.0  # seconds for which they stood still
+        self._lock = threading.Lock()
+        self._going: set[subprocess.Popen] = set()
+
+    def run(self, command: Sequence[str]) -> None:
+        with self._lock:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | ONE_CORE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self._going.add(process)
+        _, printed = process.communicate()
+        self._going.remove(process)
+        if process.returncode:
+            raise failed(command, printed)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        with self._lock:
+            start, going = time.perf_counter(), list(self._going)
+            for process in going:
+                process.send_signal(signal.SIGSTOP)
+            try:
+                yield
+            finally:
+                for process in going:
+                    process.send_signal(signal.SIGCONT)
+                self.stopped += time.perf_counter() - start
+
+
+_trainings = _Runs()
+
+
+def alone() -> AbstractContextManager[None]:
+    """A context in which no training of the study runs: for measuring times."""
+    return _trainings.standing_still()
 
 
 def commit() -> str:

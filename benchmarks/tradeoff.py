@@ -8,11 +8,11 @@
 All methods share one recipe: dense layers for half of the steps; then these are compressed under a
 budget, shared out over the layers where the method can; then their factors are trained on. Trains
 every combination through ``main.py``, two runs at a time with one core each, and measures with one
-thread what the deployed form takes beside a dense one (``benchmarks/latency.py``). Finished runs
-are kept in ``benchmarks/results/tradeoff.csv`` and not repeated. Choices are made on the validation
-split; the test split is read once, at the end of a run. Prints two tables for each task and draws
-``benchmarks/results/tradeoff-TASK.png``. ``--quick`` trains one seed on digits for 300 steps, and
-keeps nothing.
+thread what the deployed form takes beside a dense one (``benchmarks/latency.py``), while the other
+run stands still. Finished runs are kept in ``benchmarks/results/tradeoff.csv`` and not repeated.
+Choices are made on the validation split; the test split is read once, at the end of a run. Prints
+two tables for each task and draws ``benchmarks/results/tradeoff-TASK.png``. ``--quick`` trains one
+seed on digits for 300 steps, and keeps nothing.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from learning import Task, checked, tasks
 from matplotlib.figure import Figure
-from runs import ONE_CORE, RESULTS, ROOT, Row, Table, block_cost, failed, run_all, train
+from runs import ONE_CORE, RESULTS, ROOT, Row, Table, alone, block_cost, failed, run_all, train
 from tables import differences, standard_error, verdict, with_error
 from tabulate import tabulate
 
@@ -79,13 +79,14 @@ def latency(workdir: str) -> Row:
     """What `benchmarks/latency.py` measures on one core: medians over several processes."""
     command = [sys.executable, "benchmarks/latency.py", workdir]
     measured = []
-    for _ in range(PROCESSES):
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise failed(command, done.stderr)
-        measured.append(json.loads(done.stdout.splitlines()[-1]))
+    with alone():
+        for _ in range(PROCESSES):
+            done = subprocess.run(
+                command, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise failed(command, done.stderr)
+            measured.append(json.loads(done.stdout.splitlines()[-1]))
     return {name: statistics.median(times[name] for times in measured) for name in measured[0]}
 
 

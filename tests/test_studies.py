@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,6 +39,32 @@ def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
     with pytest.raises(SystemExit, match=r"RunError: main.py failing failed:\nno such file"):
         runs.run_all([(name,) for name in ("slow", "failing", "a", "b")], job, table)
     assert [row["name"] for row in table.rows()] == ["a", "b", "slow"]
+
+
+def test_trainings_stand_still_while_something_is_measured(study, tmp_path):
+    runs, ticks = study("runs"), tmp_path / "ticks"
+    code = f"""import time
+while True:
+    with open({str(ticks)!r}, "a") as file:
+        file.write(".")
+    time.sleep(0.01)
+    if len(open({str(ticks)!r}).read()) > 100:
+        break
+"""
+    training = threading.Thread(
+        target=runs._trainings.run, args=([sys.executable, "-c", code],), daemon=True
+    )
+    training.start()
+    while not ticks.exists():
+        time.sleep(0.01)
+    with runs.alone():
+        time.sleep(0.1)  # the signal has arrived
+        before = ticks.read_text()
+        time.sleep(0.5)
+        assert ticks.read_text() == before
+    assert 0.6 < runs._trainings.stopped < 5
+    training.join(timeout=30)
+    assert len(ticks.read_text()) > len(before)
 
 
 def test_differences_are_those_of_the_same_seeds(study):
