@@ -1,30 +1,33 @@
 """Latency of packed Gaudi layers beside dense ones and low-rank ones of the same cost.
 
-    python benchmarks/deploy.py [--parts layers vit gpt2] [--budget 0.3] [--granularity 64]
-    python benchmarks/deploy.py --parts curve [--budgets 0.1 0.2 0.3 0.45] [--granularity 64]
+    python benchmarks/deploy.py [--parts layers vit gpt2] [--budget 0.25] [--granularity 64]
+    python benchmarks/deploy.py --parts curve [--budgets 0.1 0.2 0.25 0.3 0.45] [--granularity 64]
 
     python benchmarks/deploy.py --parts layers vit --images 128 --dtype bfloat16 --times 100
-        --granularity 128 --rank 32 --autotune                                   # a GPU
+        --granularity 128 --rank 32                                              # a GPU
 
 *layers*: the three shapes of ViT-B, on 1576 tokens (8 images). The kernels are those of
 ``benchmarks/decompose.py``, like trained attention layers; the blocks are found by `decompose`.
 *curve*: the same over a range of costs, and a picture of error against measured time,
 ``benchmarks/results/deploy-curve-BACKEND.png``. *vit*: ViT-B/16 forward on 8 images. *gpt2*: GPT-2
-small, greedy decoding of one row (``--gpt2-budget 0.44`` in its linear layers). Each model holds
-one kernel per shape in all of its layers, which changes its function, and not its time. The blocks
-are kept in ``--blocks FOLDER``, where a search need not be made again.
+small, greedy decoding of one row (``--gpt2-budget 0.44`` in its linear layers, ``--gpt2-rank 16``).
+Each model holds one kernel per shape in all of its layers, which changes its function, and not its
+time. The blocks are kept in ``--blocks FOLDER``, where a search need not be made again; with
+``--keep`` the rows are added to ``benchmarks/results/deploy.csv``.
 
 All forms of a model are measured in one process, interleaved and warm; times are medians. The
-packed form is compared with the dense product of the same blocks in the same run. Where a layer
-takes no longer than it takes to start a program, as on GPUs, it is applied several times
-(``--times``). ``--attention cudnn`` takes cuDNN's fused attention in all forms of a model.
+packed form is compared with the dense product of the same blocks in the same run, which fails where
+they differ by more than rounding. Where a layer takes no longer than it takes to start a program,
+as on GPUs, it is applied several times (``--times``). ``--attention cudnn`` takes cuDNN's fused
+attention in all forms of a model.
 """
 
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ import numpy as np
 from decompose import kernel
 from flax import nnx
 from matplotlib.figure import Figure
-from runs import RESULTS
+from runs import RESULTS, Row, Table, commit
 from tabulate import tabulate
 
 import gaudi_jax
@@ -49,11 +52,21 @@ from gaudi_jax.models.generate import generate
 SHAPES = [(768, 768), (768, 3072), (3072, 768)]
 PATCHES = 197
 PROMPT, NEW = 16, 65
+COLUMNS = (
+    *("part", "what", "rows", "dtype", "rank", "granularity", "cost", "multiplications"),
+    *("dense_ms", "packed_ms", "low_rank_ms", "packed_error", "low_rank_error", "difference"),
+    *("device", "commit", "jax", "date"),
+)
+FORMS = ("dense", "packed", "low_rank")
+KEPT = Table(RESULTS / "deploy.csv", COLUMNS)
+#: Largest difference of packed from dense outputs, over the largest output, that is rounding.
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 @cache
 def trained_like(n: int, m: int) -> jax.Array:
-    return kernel(jax.random.key(n + m), n, m)
+    made = kernel(jax.random.key(n + m), n, m)
+    return made * (0.02 / jnp.std(made))  # as GPT-2's are, lest its layers blow rounding up
 
 
 @cache
@@ -77,11 +90,17 @@ def gaudi(
 
 @cache
 def low_rank(n: int, m: int, cost: int) -> LowRankLinear:
-    rank = cost // (n + m)
+    return low_rank_of(trained_like(n, m), cost)
+
+
+def low_rank_of(kernel: jax.Array, cost: int, **options: Any) -> LowRankLinear:
+    """The truncated SVD of a kernel, of a rank that comes to a cost."""
+    n, m = kernel.shape
+    rank = max(cost // (n + m), 1)
     if jax.default_backend() != "cpu":  # matrix units are slow on other ranks
         rank = max(8 * round(rank / 8), 8)
-    layer = LowRankLinear(n, m, rank=rank, rngs=nnx.Rngs(0))
-    layer.set_kernel(trained_like(n, m))
+    layer = LowRankLinear(n, m, rank=rank, rngs=nnx.Rngs(0), **options)
+    layer.set_kernel(kernel)
     return layer
 
 
@@ -95,15 +114,15 @@ def dense(layer: GaudiLinear) -> Any:
 
 
 def forms(
-    n: int, m: int, budget: float, args: argparse.Namespace, tokens: int
+    n: int, m: int, budget: float, rank: int, args: argparse.Namespace, tokens: int
 ) -> dict[str, Callable[[], Any]]:
     """How each form of a layer is made."""
-    blocks = nnx.clone(gaudi(n, m, budget, args.granularity, args.rank, args.blocks))
+    blocks = nnx.clone(gaudi(n, m, budget, args.granularity, rank, args.blocks))
     blocks.dtype = jnp.dtype(args.dtype)  # the layout is chosen for it
     return {
         "dense": partial(dense, blocks),
         "packed": lambda: gaudi_jax.harden(blocks, tokens=tokens, autotune=args.autotune).model,
-        "low-rank": lambda: nnx.clone(low_rank(n, m, int(blocks.multiplications()))),
+        "low_rank": lambda: nnx.clone(low_rank(n, m, int(blocks.multiplications()))),
     }
 
 
@@ -135,51 +154,65 @@ def difference(a: jax.Array, b: jax.Array) -> float:
     return float(jnp.abs(a - b).max() / jnp.abs(b).max())
 
 
-def layers(args: argparse.Namespace) -> None:
+def layers(args: argparse.Namespace) -> list[Row]:
     rows = layer_rows(args, args.budget)
     show(rows)
-    print(f"mean speed-up of the packed layers: {np.mean([row[4] for row in rows]):.2f}")
+    mean = np.mean([row["dense_ms"] / row["packed_ms"] for row in rows])
+    print(f"mean speed-up of the packed layers: {mean:.2f}")
+    return rows
 
 
-def curve(args: argparse.Namespace) -> None:
+def curve(args: argparse.Namespace) -> list[Row]:
     rows = [row for budget in args.budgets for row in layer_rows(args, budget)]
     show(rows)
     draw(rows)
+    return rows
 
 
-def draw(rows: list[tuple]) -> None:
+def draw(rows: Sequence[Row]) -> None:
     """Errors against times over the median time of the dense layer."""
     figure = Figure(figsize=(4 * len(SHAPES), 4), dpi=100, layout="constrained")
-    for axes, (n, m) in zip(figure.subplots(1, len(SHAPES)), SHAPES, strict=True):
-        own = [row for row in rows if row[0] == f"{n} → {m}"]
-        dense = statistics.median(row[3] for row in own)
-        for name, speed, error in (("Gaudi, packed", 4, 6), ("low-rank", 5, 7)):
+    names = dict.fromkeys(row["what"] for row in rows)
+    for axes, name in zip(figure.subplots(1, len(SHAPES)), names, strict=True):
+        own = [row for row in rows if row["what"] == name]
+        dense = statistics.median(row["dense_ms"] for row in own)
+        for label, form in (("Gaudi, packed", "packed"), ("low-rank", "low_rank")):
             axes.plot(
-                [row[3] / row[speed] / dense for row in own],
-                [row[error] for row in own],
+                [row[f"{form}_ms"] / dense for row in own],
+                [row[f"{form}_error"] for row in own],
                 "o-",
-                label=name,
+                label=label,
             )
-        axes.set(title=own[0][0], xlabel="time over dense", ylabel="relative error", yscale="log")
+        axes.set(title=name, xlabel="time over dense", ylabel="relative error", yscale="log")
         axes.axvline(1, color="grey", linewidth=0.8)
     axes.legend()
     figure.savefig(RESULTS / f"deploy-curve-{jax.default_backend()}.png")
 
 
-def show(rows: list[tuple]) -> None:
+def show(rows: Sequence[Row]) -> None:
+    lines = [
+        (
+            *(row[name] for name in ("what", "cost", "multiplications", "dense_ms")),
+            row["dense_ms"] / row["packed_ms"],
+            row["dense_ms"] / row["low_rank_ms"],
+            *(row.get(name) for name in ("packed_error", "low_rank_error")),
+            f"{row['difference']:.1e}",
+        )
+        for row in rows
+    ]
     headers = (
-        *("layer", "cost", "packed cost", "dense ms", "packed: faster", "low-rank: faster"),
+        *("", "cost", "multiplications made", "dense ms", "packed: faster", "low-rank: faster"),
         *("packed: error", "low-rank: error", "difference"),
     )
-    print(tabulate(rows, headers, tablefmt="github", floatfmt=".3g"), flush=True)
+    print(tabulate(lines, headers, tablefmt="github", floatfmt=".3g"), flush=True)
 
 
-def layer_rows(args: argparse.Namespace, budget: float) -> list[tuple]:
+def layer_rows(args: argparse.Namespace, budget: float) -> list[Row]:
     """A row for each shape: times of its forms, and their errors."""
     tokens, rows = args.images * PATCHES, []
     for n, m in SHAPES:
         x = jax.random.normal(jax.random.key(0), (tokens, n), args.dtype)
-        made = {name: make() for name, make in forms(n, m, budget, args, tokens).items()}
+        made = {name: make() for name, make in forms(n, m, budget, args.rank, args, tokens).items()}
         calls = at_once(
             {
                 name: partial(Running, in_dtype(model, args.dtype), x, times=args.times)
@@ -187,24 +220,20 @@ def layer_rows(args: argparse.Namespace, budget: float) -> list[tuple]:
             }
         )
         seconds = interleaved_medians(calls, args.repeats)
-        errors = {
-            name: float(relative_error(trained_like(n, m), kernel_of(model)))
-            for name, model in made.items()
+        blocks = gaudi(n, m, budget, args.granularity, args.rank, args.blocks)
+        row = {
+            "what": f"{n} → {m}",
+            "rows": tokens,
+            "rank": args.rank,
+            "cost": int(blocks.multiplications()) / (n * m),
+            "multiplications": int(made["packed"].multiplications()) / (n * m),
+            "difference": difference(calls["packed"](), calls["dense"]()),
         }
-        rows.append(
-            (
-                f"{n} → {m}",
-                int(gaudi(n, m, budget, args.granularity, args.rank, args.blocks).multiplications())
-                / (n * m),
-                int(made["packed"].multiplications()) / (n * m),
-                1e3 * seconds["dense"] / args.times,
-                seconds["dense"] / seconds["packed"],
-                seconds["dense"] / seconds["low-rank"],
-                errors["packed"],
-                errors["low-rank"],
-                f"{difference(calls['packed'](), calls['dense']()):.1e}",
-            )
-        )
+        for name, model in made.items():
+            error = relative_error(trained_like(n, m), kernel_of(model))
+            row[f"{name}_error"] = float(error)
+            row[f"{name}_ms"] = 1e3 * seconds[name] / args.times
+        rows.append(row)
     return rows
 
 
@@ -213,7 +242,7 @@ def kernel_of(layer: Any) -> jax.Array:
 
 
 def with_layers(
-    model: nnx.Module, form: str, budget: float, args: argparse.Namespace, tokens: int
+    model: nnx.Module, form: str, budget: float, rank: int, args: argparse.Namespace, tokens: int
 ) -> Any:
     """The model with one layer per shape in all of its blocks."""
     model, made = nnx.clone(model), {}
@@ -221,55 +250,93 @@ def with_layers(
         if isinstance(module, nnx.Linear) and "blocks" in path:
             sizes = module.in_features, module.out_features
             if sizes not in made:
-                made[sizes] = forms(*sizes, budget, args, tokens)[form]()
+                made[sizes] = forms(*sizes, budget, rank, args, tokens)[form]()
             # Arrays of its own: shared ones would stay in the caches.
             become(module, nnx.clone(made[sizes], arrays=True))
     model.eval()
-    return model
+    return in_dtype(model, args.dtype)
 
 
-def vit(args: argparse.Namespace) -> None:
+def vit(args: argparse.Namespace) -> list[Row]:
     config = dataclasses.replace(ViTConfig.preset("B/16"), dtype=jnp.dtype(args.dtype))
     model = ViT(config, rngs=nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(0), (args.images, 224, 224, 3), args.dtype)
     tokens = args.images * PATCHES
-    made = {
-        form: in_dtype(with_layers(model, form, args.budget, args, tokens), args.dtype)
-        for form in ("dense", "packed", "low-rank")
-    }
+    made = {form: with_layers(model, form, args.budget, args.rank, args, tokens) for form in FORMS}
     calls = at_once({form: partial(Running, model, images) for form, model in made.items()})
     seconds = interleaved_medians(calls, args.repeats)
-    report(f"ViT-B/16 forward, {args.images} images", seconds)
-    print(f"difference of the logits: {difference(calls['packed'](), calls['dense']()):.1e}")
+    row = {"what": "ViT-B/16 forward", "rows": args.images, "rank": args.rank, "cost": args.budget}
+    return report(row, seconds, difference(calls["packed"](), calls["dense"]()))
 
 
-def gpt2(args: argparse.Namespace) -> None:
+def gpt2(args: argparse.Namespace) -> list[Row]:
     config = dataclasses.replace(GPT2Config.preset("gpt2"), dtype=jnp.dtype(args.dtype))
     model = GPT2(config, rngs=nnx.Rngs(0))
-    prompt = [list(range(PROMPT))] * args.rows
+    made = {
+        form: with_layers(model, form, args.gpt2_budget, args.gpt2_rank, args, tokens=args.rows)
+        for form in FORMS
+    }
+    row = {
+        "what": "GPT-2 small, a token of each row",
+        "rows": args.rows,
+        "rank": args.gpt2_rank,
+        "cost": args.gpt2_budget,
+    }
+    return decoding(row, made, [list(range(PROMPT))] * args.rows, NEW, args.repeats)
+
+
+def decoding(
+    row: Row, made: Mapping[str, GPT2], prompt: list[list[int]], new: int, repeats: int
+) -> list[Row]:
+    """What one more token of each row takes, without what reading the prompt takes."""
+    length = len(prompt[0]) + new
 
     def decode(model: GPT2, count: int) -> Callable[[], np.ndarray]:
-        length = PROMPT + NEW
         return lambda: generate(
             model, prompt, max_new_tokens=count, temperature=0, max_length=length
         )
 
-    calls = {}
-    for form in ("dense", "packed", "low-rank"):
-        made = with_layers(model, form, args.gpt2_budget, args, tokens=args.rows)
-        made = in_dtype(made, args.dtype)
-        calls[form, 1], calls[form, NEW] = decode(made, 1), decode(made, NEW)
-    tokens = at_once({form: call for (form, count), call in calls.items() if count == NEW})
-    seconds = interleaved_medians(calls, args.repeats)
-    # Without what reading the prompt takes.
-    step = {form: (seconds[form, NEW] - seconds[form, 1]) / (NEW - 1) for form in tokens}
-    report(f"GPT-2 small, a token of each of {args.rows} rows", step)
-    print(f"same tokens: {(tokens['packed'] == tokens['dense']).mean():.0%}")
+    calls = {
+        (form, count): decode(model, count) for form, model in made.items() for count in (1, new)
+    }
+    tokens = at_once({form: calls[form, new] for form in made})
+    seconds = interleaved_medians(calls, repeats)
+    step = {form: (seconds[form, new] - seconds[form, 1]) / (new - 1) for form in made}
+    # One token of each row goes through the products that decoding makes.
+    first = jnp.asarray(prompt)[:, :1]
+    logits = {form: nnx.jit(made[form])(first) for form in ("dense", "packed")}
+    rows = report(row, step, difference(logits["packed"], logits["dense"]))
+    print(f"the same tokens: {(tokens['packed'] == tokens['dense']).mean():.0%}")
+    return rows
 
 
-def report(name: str, seconds: dict[str, float]) -> None:
-    rows = [(form, 1e3 * s, seconds["dense"] / s) for form, s in seconds.items()]
-    print(tabulate(rows, (name, "ms", "faster than dense"), tablefmt="github", floatfmt=".3g"))
+def report(row: Row, seconds: Mapping[str, float], missed: float) -> list[Row]:
+    """Prints the times of a model's forms, and makes them a row."""
+    lines = [(form, 1e3 * s, seconds["dense"] / s) for form, s in seconds.items()]
+    title = f"{row['what']}, {row['rows']} rows"
+    print(tabulate(lines, (title, "ms", "faster than dense"), tablefmt="github", floatfmt=".3g"))
+    print(f"difference of the logits: {missed:.1e}", flush=True)
+    return [row | {f"{form}_ms": 1e3 * s for form, s in seconds.items()} | {"difference": missed}]
+
+
+def check(rows: Sequence[Row], dtype: str) -> None:
+    """Fails where packed outputs are not those of the dense products."""
+    wrong = [row for row in rows if not row["difference"] <= ROUNDING[dtype]]
+    if wrong:
+        told = ", ".join(f"{row['what']}: {row['difference']:.1e}" for row in wrong)
+        raise SystemExit(f"packed outputs differ from dense ones by more than rounding ({told})")
+
+
+def keep(rows: Sequence[Row]) -> None:
+    """Adds rows to those that are kept."""
+    same = {
+        "device": jax.devices()[0].device_kind,
+        "commit": commit(),
+        "jax": jax.__version__,
+        "date": date.today().isoformat(),
+    }
+    for row in rows:
+        KEPT.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in (row | same).items()})
 
 
 def main() -> None:
@@ -280,16 +347,23 @@ def main() -> None:
         choices=["layers", "curve", "vit", "gpt2"],
         default=["layers", "vit", "gpt2"],
     )
-    parser.add_argument("--budget", type=float, default=0.3)
+    parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--gpt2-budget", type=float, default=0.44)
     parser.add_argument("--granularity", type=int, default=64)
     parser.add_argument("--rank", type=int, default=4, help="columns of a block")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.45])
+    parser.add_argument("--gpt2-rank", type=int, default=16)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.25, 0.3, 0.45])
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1, help="that GPT-2 decodes at once")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", choices=list(ROUNDING), default="float32")
     parser.add_argument("--blocks", type=Path, help="folder of blocks that were found before")
-    parser.add_argument("--autotune", action="store_true", help="measure layouts")
+    parser.add_argument(
+        "--autotune",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure layouts, instead of choosing by the model of costs",
+    )
+    parser.add_argument("--keep", action="store_true", help=f"rows in {KEPT.path.name}")
     parser.add_argument("--attention", choices=["xla", "cudnn"], help="whose kernel for attention")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--times", type=int, default=1, help="that a program applies a layer")
@@ -298,8 +372,14 @@ def main() -> None:
         attention = partial(jax.nn.dot_product_attention, implementation=args.attention)
         vars(jax.nn).update(dot_product_attention=attention)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}")
+    rows: list[Row] = []
     for part in args.parts:
-        {"layers": layers, "curve": curve, "vit": vit, "gpt2": gpt2}[part](args)
+        made = {"layers": layers, "curve": curve, "vit": vit, "gpt2": gpt2}[part](args)
+        same = {"part": part, "dtype": args.dtype, "granularity": args.granularity}
+        rows.extend(same | row for row in made)
+    check(rows, args.dtype)
+    if args.keep:
+        keep(rows)
 
 
 if __name__ == "__main__":

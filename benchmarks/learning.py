@@ -5,9 +5,10 @@
         [--seeds 5]
     python benchmarks/learning.py --quick
 
-Trains every combination through ``main.py``, two runs at a time with one core each. Finished runs
-are kept in ``benchmarks/results/learning.csv`` and not repeated. Choices are made on the validation
-split; the test split is read once, at the end of a run. Prints a table for each task and draws
+Trains every combination through ``main.py``, two runs at a time with one core each; the tasks
+``shakespeare-gpu`` and ``cifar-gpu`` one at a time, on a GPU. Finished runs are kept in
+``benchmarks/results/learning.csv`` and not repeated. Choices are made on the validation split; the
+test split is read once, at the end of a run. Prints a table for each task and draws
 ``benchmarks/results/learning-TASK.png``. ``--quick`` trains one seed on digits for 300 steps, and
 keeps nothing.
 
@@ -20,14 +21,27 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from runs import RESULTS, ROOT, Row, RunError, Table, block_cost, layer_costs, run_all, train
+from runs import (
+    GPU,
+    ONE_CORE,
+    RESULTS,
+    ROOT,
+    Row,
+    RunError,
+    Table,
+    block_cost,
+    has_gpu,
+    layer_costs,
+    run_all,
+    train,
+)
 from tables import differences, standard_error, with_error
 from tabulate import tabulate
 
@@ -50,6 +64,7 @@ class Task(NamedTuple):
         full_width: for each part of a block, the share of its blocks that costs as much at full
             width as the dense layer.
         structural_rates: learning rates of widths and locations of the budget recipe.
+        gpu: it is for a GPU, which one run has to itself.
     """
 
     config: str
@@ -59,6 +74,11 @@ class Task(NamedTuple):
     paper_targets: dict[float, float]
     full_width: dict[str, float]
     structural_rates: tuple[float, float]
+    gpu: bool = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return GPU if self.gpu else ONE_CORE
 
 
 def tasks(text: str, images: str = "") -> dict[str, Task]:
@@ -100,6 +120,26 @@ def tasks(text: str, images: str = "") -> dict[str, Task]:
             {},
             image_parts,
             (5e-3, 5e-3),
+        ),
+        "shakespeare-gpu": Task(
+            f"shakespeare_gpt_gaudi.py:size=gpu,text={text},",
+            ("--config.data.validation_fraction=0.05", "--config.data.test_fraction=0.05"),
+            384,
+            "loss",
+            {},
+            text_parts,
+            (1e-3, 1e-4),
+            gpu=True,
+        ),
+        "cifar-gpu": Task(
+            f"cifar10_vit_s_gaudi.py:size=gpu,data=folder:{images},",
+            (),
+            768,
+            "accuracy",
+            {},
+            image_parts,
+            (5e-3, 5e-3),
+            gpu=True,
         ),
     }
 
@@ -173,7 +213,7 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
                 f"layer={layer},recipe=search,{own}",
                 (*one_step, f"--config.optimizer.factor_scale={scale}"),
             )
-            for scale in (1.0, 2.0)
+            for scale in (1.0, 2.0, 8.0)
             for kind, layer in (("Gaudi", "gaudi"), ("low-rank", "low_rank"))
         },
         VARIANT + "uniform budgets": (
@@ -194,7 +234,10 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{name} {method} {budget}".lower())
     picture = RESULTS / "structures" / f"{slug}.png"
     summary = train(
-        task.config + arguments, options, keep=picture if seed == 0 and not extra else None
+        task.config + arguments,
+        options,
+        environment=task.environment,
+        keep=picture if seed == 0 and not extra else None,
     )
     return summary | {
         "task": name,
@@ -300,11 +343,15 @@ def checked(
     parser: argparse.ArgumentParser, args: argparse.Namespace, methods: Collection[str]
 ) -> dict[str, Task]:
     """The tasks, once the command line is seen to be usable."""
+    if any(tasks("")[name].gpu for name in args.tasks) and not has_gpu():
+        parser.error(f"--tasks {' '.join(args.tasks)} needs a GPU, and JAX finds none")
     text = (ROOT / args.text).resolve()
-    if "shakespeare" in args.tasks and not text.is_file():
+    if any("shakespeare" in name for name in args.tasks) and not text.is_file():
         parser.error(f"no text in {text}; give the path of tinyshakespeare with --text, or --tasks")
     images = (ROOT / args.images).resolve()
-    if "cifar" in args.tasks and not all((images / split).is_dir() for split in ("train", "test")):
+    if any("cifar" in name for name in args.tasks) and not all(
+        (images / split).is_dir() for split in ("train", "test")
+    ):
         parser.error(f"no images in {images}/train and test; give --images PATH, or --tasks")
     for word in args.methods:
         if not any(word in method for method in methods):
@@ -312,12 +359,18 @@ def checked(
     return tasks(str(text), str(images))
 
 
+def at_once(known: Mapping[str, Task], names: Sequence[str]) -> int:
+    """How many trainings run at a time."""
+    return 1 if any(known[name].gpu for name in names) else 2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", default="shakespeare.txt", help="path of tinyshakespeare")
     parser.add_argument("--images", default="cifar10", help="folder with train/CLASS/* and test")
-    names = list(tasks(""))
-    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
+    names = tasks("")
+    on_cpu = [name for name, task in names.items() if not task.gpu]
+    parser.add_argument("--tasks", nargs="+", choices=list(names), default=on_cpu)
     parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--seeds", type=int, default=5)
@@ -346,7 +399,8 @@ def main() -> None:
     ]
     # The Gaudi runs come first: the matched ones need their costs.
     for matched in (False, True):
-        run_all([job for job in jobs if (job[2] == MATCHED) == matched], run, FINISHED)
+        chosen = [job for job in jobs if (job[2] == MATCHED) == matched]
+        run_all(chosen, run, FINISHED, at_once=at_once(known, args.tasks))
     for name in args.tasks:
         rows = [row for row in FINISHED.rows() if row["task"] == name]
         if rows:

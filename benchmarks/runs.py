@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from datetime import date
@@ -24,6 +24,7 @@ ONE_CORE = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 }
+GPU = {"JAX_PLATFORMS": "cuda,cpu"}  # where there is none, jax goes on with the CPU (`has_gpu`)
 
 Row = dict[str, Any]
 
@@ -40,6 +41,7 @@ def train(
     config: str,
     options: Iterable[str] = (),
     *,
+    environment: Mapping[str, str] = ONE_CORE,
     keep: Path | None = None,
     measure: Callable[[str], Row] | None = None,
 ) -> Row:
@@ -48,6 +50,7 @@ def train(
     Args:
         config: file in ``configs/``, with its arguments.
         options: others of the command line.
+        environment: variables that say where it runs.
         keep: where the pictures of the masks are copied.
         measure: what else is read off the workdir, which is gone afterwards.
     """
@@ -60,7 +63,7 @@ def train(
             f"--workdir={workdir}",
             *options,
         ]
-        _trainings.run(command)
+        _trainings.run(command, environment)
         summary = json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8"))
         if keep is not None and (Path(workdir) / "masks.png").exists():
             keep.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +78,12 @@ def train(
         return summary | (measure(workdir) if measure else {})
 
 
+def has_gpu() -> bool:
+    """Whether JAX can use one, asked in a process that lets go of it."""
+    command = [sys.executable, "-c", "import jax; jax.devices('gpu')"]
+    return not subprocess.run(command, env=os.environ | GPU, capture_output=True).returncode
+
+
 class _Runs:
     """The trainings that are going on, which stand still while one of them is measured."""
 
@@ -83,12 +92,12 @@ class _Runs:
         self._lock = threading.Lock()
         self._going: set[subprocess.Popen] = set()
 
-    def run(self, command: Sequence[str]) -> None:
+    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         with self._lock:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | ONE_CORE,
+                env={**os.environ, **environment},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -176,13 +185,15 @@ class Table:
         temporary.replace(self.path)
 
 
-def run_all(jobs: Sequence[Any], function: Callable[..., Row], table: Table) -> None:
-    """Runs jobs two at a time, and keeps each row as soon as it is there.
+def run_all(
+    jobs: Sequence[Any], function: Callable[..., Row], table: Table, *, at_once: int = 2
+) -> None:
+    """Runs some jobs at a time, and keeps each row as soon as it is there.
 
     The others go on after one that fails, which is told at the end.
     """
     failures = []
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(jobs), unit="run") as bar:
+    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), unit="run") as bar:
         try:
             for done in as_completed([pool.submit(function, *job) for job in jobs]):
                 try:

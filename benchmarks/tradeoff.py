@@ -22,13 +22,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from learning import Task, checked, tasks
+from learning import Task, at_once, checked, tasks
 from matplotlib.figure import Figure
-from runs import ONE_CORE, RESULTS, ROOT, Row, Table, alone, block_cost, failed, run_all, train
+from runs import RESULTS, ROOT, Row, Table, alone, block_cost, failed, run_all, train
 from tables import differences, standard_error, verdict, with_error
 from tabulate import tabulate
 
@@ -62,7 +63,8 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     summary = train(
         task.config + argument,
         (*task.options, f"--config.seed={seed}", *filled, *extra),
-        measure=latency,
+        environment=task.environment,
+        measure=partial(latency, environment=task.environment),
     )
     return summary | {
         "task": name,
@@ -75,14 +77,14 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     }
 
 
-def latency(workdir: str) -> Row:
-    """What `benchmarks/latency.py` measures on one core: medians over several processes."""
+def latency(workdir: str, environment: Mapping[str, str]) -> Row:
+    """What `benchmarks/latency.py` measures: medians over several processes."""
     command = [sys.executable, "benchmarks/latency.py", workdir]
     measured = []
     with alone():
         for _ in range(PROCESSES):
             done = subprocess.run(
-                command, cwd=ROOT, env=os.environ | ONE_CORE, capture_output=True, text=True
+                command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
             )
             if done.returncode:
                 raise failed(command, done.stderr)
@@ -195,7 +197,7 @@ def main() -> None:
         if any(word in method for word in args.methods)
         and (name, method, 1.0 if method == "dense" else budget, seed) not in done
     ]
-    run_all(jobs, run, FINISHED)
+    run_all(jobs, run, FINISHED, at_once=at_once(known, args.tasks))
     for name in args.tasks:
         rows = [row for row in FINISHED.rows() if row["task"] == name]
         if rows:

@@ -52,7 +52,7 @@ while True:
         break
 """
     training = threading.Thread(
-        target=runs._trainings.run, args=([sys.executable, "-c", code],), daemon=True
+        target=runs._trainings.run, args=([sys.executable, "-c", code], {}), daemon=True
     )
     training.start()
     while not ticks.exists():

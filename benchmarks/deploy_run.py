@@ -1,0 +1,150 @@
+"""What the layers of a trained run, and its model, take packed, dense and as low-rank layers.
+
+    python benchmarks/deploy_run.py WORKDIR [--batch 16] [--decode] [--keep]
+
+Every Gaudi layer of the run by itself, then the whole model, on a batch of its training data;
+``--decode`` also takes the time of one more token of one row of a GPT-2. Low-rank layers are the
+truncated SVD of the trained kernels, at each layer's own cost, and are there for their time: what
+they lose is the last column but one. How times are measured: ``benchmarks/deploy.py``.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from deploy import FORMS, at_once, check, decoding, difference, keep, low_rank_of, report, show
+from flax import nnx
+from ml_collections import ConfigDict
+from runs import Row
+
+import gaudi_jax
+from gaudi_jax import GaudiLinear
+from gaudi_jax.compression import densify
+from gaudi_jax.compression.surgery import become, find_gaudi
+from gaudi_jax.data.pipeline import first_batches
+from gaudi_jax.decomposition import relative_error
+from gaudi_jax.deploy.harden import tokens_of
+from gaudi_jax.deploy.timing import Running, interleaved_medians
+from gaudi_jax.models import GPT2
+from gaudi_jax.training.tasks import Task, open_task
+from gaudi_jax.training.workdir import read_config
+
+PROMPT = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--batch", type=int, default=16, help="at most the run's")
+    parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--keep", action="store_true", help="rows in deploy.csv")
+    args = parser.parse_args()
+    task = open_task(ConfigDict(read_config(args.workdir)))
+    model = gaudi_jax.load(args.workdir)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
+    rows = layer_rows(model, tokens_of(model, task.example, args.batch), args.repeats)
+    show(rows)
+    rows += model_rows(model, task, args.batch, args.repeats)
+    if args.decode:
+        rows += decoding_rows(model, task, args.repeats)
+    check(rows, "float32")
+    if args.keep:
+        keep([row | {"part": args.workdir.name, "dtype": "float32"} for row in rows])
+
+
+def layer_rows(model: nnx.Module, tokens: dict[str, int], repeats: int) -> list[Row]:
+    rows = []
+    for path, layer in find_gaudi(model)[0].items():
+        x = jax.random.normal(jax.random.key(0), (tokens[path], layer.in_features))
+        made = {form: form_of(layer, form, tokens[path]) for form in FORMS}
+        calls = at_once({form: partial(Running, one, x) for form, one in made.items()})
+        seconds = interleaved_medians(calls, repeats)
+        rows.append(
+            {
+                "what": path,
+                "rows": tokens[path],
+                **structure(layer),
+                "multiplications": relative(layer, int(made["packed"].multiplications())),
+                "packed_error": 0.0,
+                "low_rank_error": float(relative_error(layer.kernel(), made["low_rank"].kernel())),
+                "difference": difference(calls["packed"](), calls["dense"]()),
+                **{f"{form}_ms": 1e3 * s for form, s in seconds.items()},
+            }
+        )
+    return rows
+
+
+def form_of(layer: GaudiLinear, form: str, tokens: int) -> Any:
+    if form == "dense":
+        return densify(layer)
+    if form == "packed":
+        return gaudi_jax.harden(layer, tokens=tokens, autotune=True).model
+    low_rank = low_rank_of(
+        layer.kernel(), int(layer.multiplications()), use_bias=layer.bias is not None
+    )
+    if layer.bias is not None:
+        low_rank.bias.set_value(layer.bias.get_value())
+    return low_rank
+
+
+def structure(layer: GaudiLinear) -> Row:
+    return {
+        "rank": layer.rank,
+        "granularity": max(layer.granularity),
+        "cost": relative(layer, int(layer.multiplications())),
+    }
+
+
+def relative(layer: GaudiLinear, multiplications: int) -> float:
+    return multiplications / (layer.in_features * layer.out_features)
+
+
+def in_form(model: nnx.Module, form: str, tokens: dict[str, int]) -> Any:
+    """The model with all of its Gaudi layers in a form."""
+    model = nnx.clone(model)
+    for path, layer in find_gaudi(model)[0].items():
+        become(layer, form_of(layer, form, tokens[path]))
+    model.eval()
+    return nnx.clone(model, arrays=True)
+
+
+def model_rows(model: nnx.Module, task: Task, batch: int, repeats: int) -> list[Row]:
+    x = inputs(task)[:batch]
+    tokens = tokens_of(model, task.example, batch)
+    made = {form: in_form(model, form, tokens) for form in FORMS}
+    calls = at_once({form: partial(Running, one, x) for form, one in made.items()})
+    seconds = interleaved_medians(calls, repeats)
+    row = {"what": "the model, forward", "rows": len(x), "cost": blocks_cost(model)}
+    return report(row, seconds, difference(calls["packed"](), calls["dense"]()))
+
+
+def decoding_rows(model: nnx.Module, task: Task, repeats: int) -> list[Row]:
+    if not isinstance(model, GPT2):
+        raise SystemExit(f"--decode needs a run of a GPT-2, not of {type(model).__name__}")
+    text = inputs(task)[:1]
+    one_by_one = dict.fromkeys(find_gaudi(model)[0], 1)
+    made = {form: in_form(model, form, one_by_one) for form in FORMS}
+    row = {"what": "one more token of one row", "rows": 1, "cost": blocks_cost(model)}
+    prompt = text[:, :PROMPT].tolist()
+    return decoding(row, made, prompt, text.shape[1] - PROMPT, repeats)
+
+
+def inputs(task: Task) -> jax.Array:
+    """Those of the first training batch."""
+    (batch,) = first_batches(task.train_batches(), 1)
+    return task.inputs({name: jnp.asarray(array) for name, array in batch.items()})
+
+
+def blocks_cost(model: nnx.Module) -> float:
+    """Multiplications of the Gaudi layers over those of dense ones."""
+    layers: Any = find_gaudi(model)[0].values()
+    whole = sum(layer.in_features * layer.out_features for layer in layers)
+    return sum(int(layer.multiplications()) for layer in layers) / whole
+
+
+if __name__ == "__main__":
+    main()
