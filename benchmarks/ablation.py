@@ -6,14 +6,15 @@ Trains every variant through ``main.py``, two runs at a time with one core each.
 kept in ``benchmarks/results/ablation.csv`` and not repeated. Prints a table: cost, validation and
 test results with hard masks, what the test loss has more than that of the same seed where nothing
 is changed, and what soft masks give. At a quarter of the cost nothing could be told apart. What
-``benchmarks/learning.py`` compares (structures frozen at random, controller only, uneven budgets,
-the time of the search) is not repeated here.
+``benchmarks/learning.py`` compares (structures frozen at random, controller only, the time of the
+search) is not repeated here, but for two variants of the search recipe: uniform budgets, and
+gradients on the structure that the search has found.
 """
 
 import argparse
 from collections.abc import Sequence
 
-from learning import tasks
+from learning import VARIANT, methods, tasks
 from runs import RESULTS, Row, Table, block_cost, run_all, train
 from tables import differences, with_error
 from tabulate import tabulate
@@ -81,6 +82,7 @@ def variants() -> dict[tuple[str, str], tuple[str, tuple[str, ...]]]:
         (group, "no floors of layers"): (scratch, ("--config.controller.floor=0.0",)),
     }
     group = "search recipe"
+    of_study = methods(tasks("")["digits"], BUDGET)
     half, tenth = (f"--config.compress.stages=(({share},{BUDGET}),)" for share in (0.5, 0.1))
     found |= {
         (group, f"{USUAL}: rank 1, grid 1, half dense"): (search, (half,)),
@@ -90,6 +92,10 @@ def variants() -> dict[tuple[str, str], tuple[str, tuple[str, ...]]]:
             search,
             (half, "--config.compress.calibration_batches=0"),
         ),
+        (group, "uniform budgets"): of_study[VARIANT + "uniform budgets"],
+        (group, "gradients on the structure after the search"): of_study[
+            VARIANT + "gradients on the structure"
+        ],
     }
     return found
 

@@ -10,6 +10,8 @@ from configs import (
     vit_b_gaudi,
 )
 from gaudi_jax.errors import UserError
+from gaudi_jax.layers import LowRankLinear
+from gaudi_jax.layers.factory import GRID_LAYERS
 from gaudi_jax.training import loop
 
 
@@ -25,6 +27,29 @@ def test_configs_build(module, arguments):
     if arguments == "smoke":
         assert config.data.name.startswith("generated:")
         nnx.eval_shape(lambda: loop.build_model(config))
+
+
+@pytest.mark.parametrize("module", [docs_gpt_gaudi, shakespeare_gpt_gaudi, gpt2_gaudi])
+@pytest.mark.parametrize("layer", ["low_rank", *GRID_LAYERS])
+@pytest.mark.parametrize("recipe", ["", "recipe=search,", "recipe=budget,"])
+def test_text_configs_build_with_rivals_of_gaudi_layers(module, layer, recipe):
+    text = "text=here," if module is shakespeare_gpt_gaudi else ""
+    config = module.get_config(f"{text}{recipe}layer={layer},budget=0.3")
+    with config.unlocked():
+        config.model.update(vocab_size=512, context=config.data.block)
+    loop.build_schedules(config)
+    model = nnx.eval_shape(lambda: loop.build_model(config))
+    kind = {"low_rank": LowRankLinear, **GRID_LAYERS}[layer]
+    layers = [module for _, module in nnx.iter_modules(model.blocks) if isinstance(module, kind)]
+    if config.compress.method == "none":
+        assert layers
+        for each in layers:
+            share = int(each.multiplications()) / (each.in_features * each.out_features)
+            assert 0.25 <= share <= 0.3  # the rest is less than a rank
+    else:  # the dense layers become such layers later
+        assert config.compress.method == layer
+        assert not layers
+        assert recipe != "recipe=budget,"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,20 @@
 """What the studies in benchmarks/ keep and count."""
 
 import argparse
+import ast
 import importlib
+import json
+import re
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+
+from gaudi_jax.decomposition.decompose import affordable
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -106,3 +113,177 @@ def test_each_group_of_ablations_has_a_run_in_which_nothing_is_changed(study):
     for group in {group for group, _ in variants}:
         names = [name for its_group, name in variants if its_group == group]
         assert sum(name.startswith(ablation.USUAL) for name in names) == 1, group
+
+
+# ---------------------------------------------------------------- benchmarks/tradeoff.py
+
+
+def made_up(method, budget, seed, loss, cost=None, deployed_ms=2.0):
+    """A row of a study, as its file gives it back."""
+    values = {
+        "task": "digits",
+        "method": method,
+        "budget": budget,
+        "seed": seed,
+        **{f"{split}_loss": loss for split in ("validation", "test")},
+        **{f"{split}_accuracy": 1 - loss for split in ("validation", "test")},
+        "cost": budget if cost is None else cost,
+        "dense_ms": 4.0,
+        "deployed_ms": deployed_ms,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+ROWS = [
+    made_up("BLAST", 0.25, 0, 0.5, deployed_ms=3.0),
+    made_up("dense", 1.0, 0, 0.125, deployed_ms=4.0),
+    made_up("Gaudi", 0.25, 1, 0.5),
+    made_up("Gaudi", 0.25, 0, 0.25, cost=0.2),
+    made_up("BLAST", 0.25, 1, 1.0),
+    made_up("BLAST", 0.25, 2, 9.0),
+]
+
+
+def cells_of(table):
+    """The words of a table's lines, but for the headers."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")[2:]]
+
+
+def test_tables_of_rivals(study):
+    tradeoff = study("tradeoff")
+    dense, blast, gaudi = cells_of(tradeoff.table(ROWS, "accuracy"))
+    assert dense == ["dense", "1", "1", "0.8750", "0.8750", "1.0000", "1.0000"]
+    assert blast[:3] == ["BLAST", "0.25", "3"]
+    assert gaudi == [
+        *("Gaudi", "0.25", "2", "0.6250 ± 0.1250", "0.6250 ± 0.1250"),
+        *("0.2250 ± 0.0250", "0.5000 ± 0.0000"),
+    ]
+    # Nobody is compared at another budget, and no seed without its own Gaudi run.
+    pair = "0.3750 ± 0.1250"
+    assert cells_of(tradeoff.paired_table(ROWS)) == [["BLAST", "0.25", pair, pair, "Gaudi"]]
+    assert cells_of(tradeoff.paired_table(ROWS[:2])) == []
+
+
+def test_the_picture_shows_each_method_once(study, tmp_path, monkeypatch):
+    tradeoff, figures = study("tradeoff"), []
+
+    def figure(**options):
+        figures.append(Figure(**options))
+        return figures[-1]
+
+    monkeypatch.setattr(tradeoff, "Figure", figure)
+    tradeoff.plot(ROWS, "digits", "loss", tmp_path)
+    assert (tmp_path / "tradeoff-digits.png").read_bytes().startswith(b"\x89PNG")
+    for axes, x in zip(figures[0].axes, (0.225, 0.5), strict=True):
+        lines = dict(zip(axes.get_legend_handles_labels()[1], axes.containers, strict=True))
+        assert list(lines) == ["dense", "BLAST", "Gaudi"]
+        np.testing.assert_allclose(lines["Gaudi"][0].get_xydata(), [(x, 0.375)])
+
+
+def test_finished_runs_are_not_repeated(study, tmp_path, monkeypatch, capsys):
+    tradeoff, done = study("tradeoff"), []
+
+    def run(name, task, method, budget, seed, extra):
+        done.append((name, method, budget, seed))
+        return made_up(method, budget, seed, 0.5)
+
+    monkeypatch.setattr(tradeoff, "run", run)
+    monkeypatch.setattr(tradeoff, "RESULTS", tmp_path)
+    monkeypatch.setattr(tradeoff.FINISHED, "path", tmp_path / "tradeoff.csv")
+    for seeds, wanted in ((1, (0,)), (1, ()), (2, (1,))):
+        command = (
+            f"tradeoff --tasks digits --methods dense BLAST --budgets 0.5 0.25 --seeds {seeds}"
+        )
+        monkeypatch.setattr(sys, "argv", command.split())
+        tradeoff.main()
+        runs = [("dense", 1.0), ("BLAST", 0.5), ("BLAST", 0.25)]  # dense layers once
+        assert sorted(done) == sorted(("digits", *each, seed) for seed in wanted for each in runs)
+        done.clear()
+        assert capsys.readouterr().out.count("| BLAST") == 2
+    assert (tmp_path / "tradeoff-digits.png").exists()
+
+
+# ---------------------------------------------------------------- benchmarks/learning.py
+
+
+def test_matched_layers_get_whole_columns_that_cost_no_less(study, tmp_path, monkeypatch):
+    learning = study("learning")
+    monkeypatch.setattr(learning.FINISHED, "path", tmp_path / "learning.csv")
+    # 4608 are 12 columns of 384; 9200 are 47.9 of 192, and 48 are a dense layer.
+    costs = {
+        "blocks/0/attention/qkv": (96, 288, 4608),
+        "blocks/0/mlp/fc1": (96, 384, 4801),
+        "blocks/0/mlp/fc2": (384, 96, 1),
+        "blocks/1/attention/out": (96, 96, 9200),
+        "head": (96, 10, 960),
+    }
+    row = {"task": "digits", "method": learning.SEARCH, "budget": 0.125, "seed": 1}
+    learning.FINISHED.append(row | {"seed": 0, "layers": "{}"})
+    learning.FINISHED.append(row | {"layers": json.dumps(costs)})
+    rules, allocation = learning._matched("digits", 0.125, 1)
+    assert allocation == "--config.compress.allocation=uniform"
+    shares = dict(ast.literal_eval(rules.removeprefix("--config.compress.rules=")))
+    bought = {
+        path: affordable(share, costs[path][0] * costs[path][1]) for path, share in shares.items()
+    }
+    assert bought == {
+        "blocks/0/attention/qkv": 12 * 384,
+        "blocks/0/mlp/fc1": 11 * 480,
+        "blocks/0/mlp/fc2": 480,
+        "blocks/1/attention/out": 96 * 96,
+    }
+
+
+def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
+    study, tmp_path, monkeypatch
+):
+    learning = study("learning")
+    monkeypatch.setattr(learning.FINISHED, "path", tmp_path / "learning.csv")
+    task = learning.tasks("")["digits"]
+    sentence = (
+        f"{learning.MATCHED} needs the run digits, {learning.SEARCH}, 0.125, 1; run it before"
+    )
+    with pytest.raises(learning.RunError, match=f"^{re.escape(sentence)}$"):
+        learning.run("digits", task, learning.MATCHED, 0.125, 1, [])
+    job = "digits", task, learning.MATCHED, 0.125, 1, []
+    with pytest.raises(SystemExit, match=f"^RunError: {re.escape(sentence)}$"):
+        learning.run_all([job], learning.run, learning.FINISHED)
+
+
+# ---------------------------------------------------------------- benchmarks/kernels.py
+
+
+@pytest.fixture
+def errors_of(study, tmp_path, monkeypatch, capsys):
+    """What the study prints of a file with some arrays, by some of its methods."""
+    kernels = study("kernels")
+
+    def errors_of(names, *options, **arrays):
+        np.savez(tmp_path / "matrix.npz", **arrays)
+        # Each kind of fit takes seconds to compile.
+        monkeypatch.setattr(kernels, "METHODS", {name: kernels.METHODS[name] for name in names})
+        monkeypatch.setattr(sys, "argv", ["kernels", str(tmp_path / "matrix.npz"), *options])
+        kernels.main()
+        return cells_of(capsys.readouterr().out.strip())
+
+    return errors_of
+
+
+def test_errors_of_kernels_are_those_of_the_layers(errors_of):
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(32, 2)) @ rng.normal(size=(2, 16))
+    methods = "low-rank", "Monarch, 2", "block-sparse, 32", "Gaudi, grid"
+    rows = errors_of(methods, M=matrix, budget=4 * 48 + 4)
+    # 32 parts do not divide 16 inputs; two of Gaudi's blocks are enough.
+    assert rows == [["matrix", "0.383", "0.000 (0.98)", "0.000 (0.98)", "–", "0.000 (0.49)"]]
+    energies = np.linalg.svd(matrix, compute_uv=False) ** 2
+    error = np.sqrt(energies[1] / energies.sum())
+    # It buys one column, and less than one in every block.
+    rows = errors_of(methods[:2], "--budget", "0.1", M=matrix)
+    assert rows == [["matrix", "0.100", f"{error:.3f} (0.94)", "–"]]
+
+
+def test_a_file_without_a_kernel_is_told_in_a_sentence(errors_of, capsys):
+    with pytest.raises(SystemExit):
+        errors_of(["low-rank"], kernel=np.ones((2, 2)))
+    assert "matrix.npz has no M; it has kernel" in capsys.readouterr().err
