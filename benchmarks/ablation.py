@@ -14,10 +14,11 @@ gradients on the structure that the search has found.
 import argparse
 from collections.abc import Sequence
 
-from learning import VARIANT, methods, tasks
+from learning import VARIANT, methods
 from runs import RESULTS, Row, Table, block_cost, run_all, train
 from tables import differences, with_error
 from tabulate import tabulate
+from tasks import tasks
 
 BUDGET = 0.125
 PARTS = ("attention", "mlp")

@@ -21,127 +21,22 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from runs import (
-    GPU,
-    ONE_CORE,
-    RESULTS,
-    ROOT,
-    Row,
-    RunError,
-    Table,
-    block_cost,
-    has_gpu,
-    layer_costs,
-    run_all,
-    train,
-)
+from runs import RESULTS, Row, RunError, Table, block_cost, layer_costs, run_all, train
 from tables import differences, standard_error, with_error
 from tabulate import tabulate
+from tasks import Task, at_once, checked, tasks
 
 COLUMNS = (
     *("task", "method", "budget", "seed", "seconds"),
     *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"),
     *("compress_seconds", "cost", "layers", "commit", "jax", "date"),
 )
-
-
-class Task(NamedTuple):
-    """What is trained.
-
-    Attributes:
-        config: file, with the arguments that are the same for all methods.
-        options: of the command line, likewise.
-        width: of the model.
-        measure: what its table and its picture show.
-        paper_targets: mean widths at which the published recipe ends near each budget.
-        full_width: for each part of a block, the share of its blocks that costs as much at full
-            width as the dense layer.
-        structural_rates: learning rates of widths and locations of the budget recipe.
-        gpu: it is for a GPU, which one run has to itself.
-    """
-
-    config: str
-    options: tuple[str, ...]
-    width: int
-    measure: str
-    paper_targets: dict[float, float]
-    full_width: dict[str, float]
-    structural_rates: tuple[float, float]
-    gpu: bool = False
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return GPU if self.gpu else ONE_CORE
-
-
-def tasks(text: str, images: str = "") -> dict[str, Task]:
-    image_parts = {"attention": 1 / 2, "mlp": 4 / 5}
-    text_parts = {"attention": 3 / 4, "attention_out": 1 / 2, "mlp": 4 / 5}
-    return {
-        "digits": Task(
-            "digits_vit_gaudi.py:",
-            ("--config.model.width=96",),
-            96,
-            "accuracy",
-            {0.25: 0.15, 0.125: 0.08},
-            image_parts,
-            (3e-3, 3e-4),
-        ),
-        "shakespeare": Task(
-            f"shakespeare_gpt_gaudi.py:size=cpu,text={text},",
-            ("--config.data.validation_fraction=0.05", "--config.data.test_fraction=0.05"),
-            128,
-            "loss",
-            {0.25: 0.18, 0.125: 0.09},
-            text_parts,
-            (1e-3, 1e-4),
-        ),
-        "docs": Task(
-            "docs_gpt_gaudi.py:",
-            (),
-            128,
-            "loss",
-            {0.25: 0.15, 0.125: 0.08},
-            text_parts,
-            (1e-3, 1e-4),
-        ),
-        "cifar": Task(
-            f"cifar10_vit_s_gaudi.py:size=cpu,data=folder:{images},",
-            (),
-            96,
-            "accuracy",
-            {},
-            image_parts,
-            (5e-3, 5e-3),
-        ),
-        "shakespeare-gpu": Task(
-            f"shakespeare_gpt_gaudi.py:size=gpu,text={text},",
-            ("--config.data.validation_fraction=0.05", "--config.data.test_fraction=0.05"),
-            384,
-            "loss",
-            {},
-            text_parts,
-            (1e-3, 1e-4),
-            gpu=True,
-        ),
-        "cifar-gpu": Task(
-            f"cifar10_vit_s_gaudi.py:size=gpu,data=folder:{images},",
-            (),
-            768,
-            "accuracy",
-            {},
-            image_parts,
-            (5e-3, 5e-3),
-            gpu=True,
-        ),
-    }
 
 
 SEARCH, GRID = "Gaudi, search", "Gaudi, search, grid 1/8"
@@ -309,6 +204,21 @@ def paired_table(rows: Sequence[Row]) -> str:
     return tabulate(lines, ("low-rank, matched, less", "budget", "seeds", *names), "github")
 
 
+def layers_table(rows: Sequence[Row]) -> str:
+    """What kinds of layers cost on average over the dense ones, by the last part of their path."""
+    lines = []
+    for key in dict.fromkeys((row["method"], row["budget"]) for row in rows):
+        shares: dict[str, list[float]] = {}
+        for row in rows:
+            if (row["method"], row["budget"]) == key:
+                for path, (n, m, cost) in json.loads(row["layers"]).items():
+                    if path.startswith("blocks"):
+                        shares.setdefault(path.rpartition("/")[2], []).append(cost / (n * m))
+        means = {name: f"{np.mean(shares[name]):.2f}" for name in sorted(shares)}
+        lines.append({"layers": key[0], "budget": key[1]} | means)
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
 def _mean(rows: Sequence[Row], column: str) -> str:
     """Mean and standard error."""
     values = [float(row[column]) for row in rows]
@@ -337,31 +247,6 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
     everything.set_title(task)
     near.set_title("dense layers first")
     figure.savefig(RESULTS / f"learning-{task}.png")
-
-
-def checked(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, methods: Collection[str]
-) -> dict[str, Task]:
-    """The tasks, once the command line is seen to be usable."""
-    if any(tasks("")[name].gpu for name in args.tasks) and not has_gpu():
-        parser.error(f"--tasks {' '.join(args.tasks)} needs a GPU, and JAX finds none")
-    text = (ROOT / args.text).resolve()
-    if any("shakespeare" in name for name in args.tasks) and not text.is_file():
-        parser.error(f"no text in {text}; give the path of tinyshakespeare with --text, or --tasks")
-    images = (ROOT / args.images).resolve()
-    if any("cifar" in name for name in args.tasks) and not all(
-        (images / split).is_dir() for split in ("train", "test")
-    ):
-        parser.error(f"no images in {images}/train and test; give --images PATH, or --tasks")
-    for word in args.methods:
-        if not any(word in method for method in methods):
-            parser.error(f"--methods {word!r} is part of none of: {'; '.join(methods)}")
-    return tasks(str(text), str(images))
-
-
-def at_once(known: Mapping[str, Task], names: Sequence[str]) -> int:
-    """How many trainings run at a time."""
-    return 1 if any(known[name].gpu for name in names) else 2
 
 
 def main() -> None:
@@ -405,6 +290,7 @@ def main() -> None:
         rows = [row for row in FINISHED.rows() if row["task"] == name]
         if rows:
             print(f"\n{name}\n\n{table(rows, known[name].measure)}\n\n{paired_table(rows)}")
+            print(f"\n{layers_table(rows)}")
             if not args.quick:
                 plot(rows, name, known[name].measure)
 

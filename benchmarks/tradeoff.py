@@ -27,11 +27,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from learning import Task, at_once, checked, tasks
 from matplotlib.figure import Figure
 from runs import RESULTS, ROOT, Row, Table, alone, block_cost, failed, run_all, train
 from tables import differences, standard_error, verdict, with_error
 from tabulate import tabulate
+from tasks import Task, at_once, checked, tasks
 
 COLUMNS = (
     *("task", "method", "budget", "seed", "seconds"),

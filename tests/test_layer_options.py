@@ -7,7 +7,7 @@ from flax import nnx
 from gaudi_jax import BlastLinear, BlockSparseLinear, GaudiLinear, LowRankLinear, MonarchLinear
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import initializers
-from gaudi_jax.layers.factory import largest_divisor, linear_factory
+from gaudi_jax.layers.factory import affordable_rank, largest_divisor, linear_factory
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,9 @@ def test_equal_options_make_equal_graphs():
     options = {"name": "gaudi", "granularity": 4}
     assert linear_factory(options) == linear_factory(dict(options))
     assert linear_factory(options) != linear_factory({"name": "gaudi", "granularity": 2})
+
+
+def test_a_budget_of_whole_ranks_loses_none_to_binary_fractions():
+    for n, m in ((96, 288), (128, 384), (768, 3072), (7, 5)):
+        for rank in range(1, min(n, m) + 1):
+            assert affordable_rank(n, m, rank * (n + m) / (n * m)) == rank

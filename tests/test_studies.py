@@ -48,6 +48,12 @@ def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
     assert [row["name"] for row in table.rows()] == ["a", "b", "slow"]
 
 
+def test_the_share_that_each_kind_of_layer_keeps(study):
+    sizes = {"blocks/0/mlp/fc1": [4, 8, 8], "blocks/1/mlp/fc1": [4, 8, 24], "head": [4, 2, 8]}
+    rows = [{"method": "Gaudi", "budget": "0.125", "layers": json.dumps(sizes)}]
+    assert study("learning").layers_table(rows).splitlines()[2] == "| Gaudi    | 0.125    | 0.50  |"
+
+
 def test_trainings_stand_still_while_something_is_measured(study, tmp_path):
     runs, ticks = study("runs"), tmp_path / "ticks"
     code = f"""import time
@@ -103,7 +109,7 @@ def test_differences_are_those_of_the_same_seeds(study):
 def test_mistakes_are_named_before_any_run(study, tasks, methods, message, capsys):
     args = argparse.Namespace(tasks=tasks, methods=methods, text="nowhere.txt", images="nowhere")
     with pytest.raises(SystemExit):
-        study("learning").checked(argparse.ArgumentParser(), args, ["dense", "Monarch"])
+        study("tasks").checked(argparse.ArgumentParser(), args, ["dense", "Monarch"])
     assert message in capsys.readouterr().err
 
 

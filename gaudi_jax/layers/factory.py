@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
+from gaudi_jax.decomposition.decompose import affordable
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import initializers
 from gaudi_jax.layers.blast import BlastLinear
@@ -139,13 +140,13 @@ def affordable_rank(in_features: int, out_features: int, budget: float) -> int:
         >>> affordable_rank(768, 768, 0.25)
         96
     """
-    affordable = int(budget * in_features * out_features / (in_features + out_features))
-    if affordable < 1:
+    rank = affordable(budget, in_features * out_features) // (in_features + out_features)
+    if rank < 1:
         raise UserError(
             f"budget={budget} of a {in_features}x{out_features} layer is less than rank 1; "
             f"give at least {(in_features + out_features) / (in_features * out_features):.4f}"
         )
-    return min(affordable, in_features, out_features)
+    return min(rank, in_features, out_features)
 
 
 def _check_size(name: str, rank: int | None, budget: float | None) -> None:
@@ -192,8 +193,7 @@ class GridFactory:
         if self.budget is None:
             options = self._given(blocks)
         else:
-            # Half a multiplication more, lest rounding loses a whole one.
-            cost = int(self.budget * in_features * out_features + 0.5)
+            cost = affordable(self.budget, in_features * out_features)
             options = cls.affordable(in_features, out_features, blocks, cost, **self._sharing())
         return cls(in_features, out_features, **options, **kwargs)
 
