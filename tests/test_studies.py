@@ -4,7 +4,9 @@ import argparse
 import ast
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -293,3 +295,30 @@ def test_a_file_without_a_kernel_is_told_in_a_sentence(errors_of, capsys):
     with pytest.raises(SystemExit):
         errors_of(["low-rank"], kernel=np.ones((2, 2)))
     assert "matrix.npz has no M; it has kernel" in capsys.readouterr().err
+
+
+def test_packed_outputs_that_are_not_the_dense_ones_fail_the_benchmark(study):
+    deploy = study("deploy")
+    right = {"what": "fc1", "difference": 1e-6}
+    deploy.check([right], "float32")
+    for difference in (1e-3, float("nan")):
+        with pytest.raises(SystemExit, match=r"\(fc2: "):
+            deploy.check([right, {"what": "fc2", "difference": difference}], "float32")
+
+
+@pytest.mark.slow
+def test_what_a_trained_run_takes_deployed(tmp_path):
+    run = tmp_path / "run"
+    config = "--config=configs/docs_gpt_gaudi.py:smoke,recipe=budget"
+    here = {
+        "cwd": BENCHMARKS.parent,
+        "env": os.environ | {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},
+    }
+    subprocess.run([sys.executable, "main.py", config, f"--workdir={run}"], check=True, **here)
+    command = ["benchmarks/deploy_run.py", str(run), "--batch=1", "--repeats=1", "--decode"]
+    told = subprocess.run(
+        [sys.executable, *command], check=True, capture_output=True, text=True, **here
+    ).stdout
+    assert told.count("blocks/") >= 4
+    for form in ("dense", "packed", "low_rank"):
+        assert told.count(f"| {form} ") == 2
