@@ -179,6 +179,14 @@ def test_free_products_multiply_no_zeros():
     assert_close(packed.kernel(), layer.kernel())
 
 
+def test_very_many_inputs_at_once():
+    """What they move are more bytes than 32 bits count."""
+    packer = Packer(layer_of(0, (32, 8), (64, 64), 4, 64))
+    few, many = (packer.compile(MACHINES["cpu"], tokens) for tokens in (2**14, 2**20))
+    assert many.layout == few.layout
+    assert many.seconds == pytest.approx(2**6 * few.seconds, rel=1e-2)
+
+
 @pytest.mark.parametrize(("columns", "made"), [(60, 64), (40, 40), (29, 32)])
 def test_panels_are_filled_where_little_is_missing(columns, made):
     alike = Windows(np.zeros(columns, int), np.full(columns, 64), 256)
