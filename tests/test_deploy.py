@@ -1,6 +1,7 @@
 """A run from its checkpoint to a packed model and to one file."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from gaudi_jax.models.generate import generate
 from gaudi_jax.report import write_report
 from gaudi_jax.training.loop import train
 from tests.runs import tiny_config
+from tests.test_command import command
 from tests.test_packed import EVEN, assert_same_function, layer_of
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +80,25 @@ def test_the_report_states_soft_hard_and_packed_results(workdir):
     summary = write_report(workdir)
     assert summary["test_loss_packed"] == pytest.approx(summary["test_loss_hard"], abs=1e-5)
     assert "Test accuracy, packed" in (workdir / "summary.txt").read_text()
+
+
+@pytest.mark.slow
+def test_main_evaluates_what_was_packed(packed, tmp_path):
+    config = tmp_path / "tiny.py"
+    config.write_text(
+        "from tests.runs import tiny_config\n\ndef get_config():\n    return tiny_config(steps=4)\n"
+    )
+    report = write_report(packed)
+    options = "--config.evaluate_only=True", "--config.evaluate_checkpoint=packed"
+    result = command(f"--config={config}", *options, f"--workdir={packed}")
+    assert result.returncode == 0, result.stderr
+    printed = re.search(r"^Test accuracy, packed +(.*) %$", result.stdout, re.MULTILINE)
+    assert printed, result.stdout
+    assert printed[1] == f"{100 * report['test_accuracy_packed']:.2f}"
+    assert "PackedLinear" in result.stdout
+    summary = json.loads((packed / "summary-packed.json").read_text())
+    assert summary["test_loss_packed"] == pytest.approx(report["test_loss_packed"], rel=1e-5)
+    assert json.loads((packed / "summary.json").read_text()) == report
 
 
 def test_the_table_of_forms_compares_the_same_model(workdir):
