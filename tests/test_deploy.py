@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import gaudi_jax
+from benchmarks import latency
 from gaudi_jax.compression import densify
 from gaudi_jax.deploy import __main__ as deploy_command
 from gaudi_jax.deploy import autotune
@@ -29,7 +30,7 @@ from gaudi_jax.report import write_report
 from gaudi_jax.training.loop import train
 from tests.runs import tiny_config
 from tests.test_command import command
-from tests.test_packed import EVEN, assert_same_function, layer_of
+from tests.test_packed import EVEN, assert_close, assert_same_function, layer_of
 
 ROOT = Path(__file__).parents[1]
 LOADER = ROOT / "gaudi_jax" / "export" / "loader.py"
@@ -106,6 +107,28 @@ def test_the_table_of_forms_compares_the_same_model(workdir):
     forms = {"dense": densify(model), "packed": gaudi_jax.harden(model).model}
     table = deploy_command.measured(forms, IMAGES, batch=2, repeats=1)
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["dense", "packed"]
+
+
+def test_the_study_of_latency_measures_a_run(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))  # what autotuning measures is kept there
+    call(latency, monkeypatch, workdir, "--batch=2", "--repeats=1")
+    times = json.loads(capsys.readouterr().out)
+    assert sorted(times) == ["dense_ms", "deployed_ms"]
+    assert min(times.values()) > 0
+
+
+@pytest.mark.parametrize(("fastest", "kind"), [("dense", "Linear"), ("own", "LowRankLinear")])
+def test_the_study_of_latency_takes_the_fastest_form(fastest, kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(
+        latency, "interleaved_medians", lambda forms, _: {name: name != fastest for name in forms}
+    )
+    low_rank = gaudi_jax.LowRankLinear(64, 32, rank=4, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 1, 4), low_rank)
+    deployed = latency.fastest(model, {"layers/0": 2, "layers/1": 2}, repeats=1)
+    assert [type(layer).__name__ for layer in deployed.layers] == ["PackedLinear", kind]
+    x = jax.random.normal(jax.random.key(0), (2, 64))
+    assert_close(deployed(x), model(x))
 
 
 def assert_one_sentence(printed, message):
