@@ -288,6 +288,35 @@ def test_an_exported_model_runs_with_nothing_but_jax(workdir, exported, tmp_path
     assert header["card"]["step"] == 4
 
 
+@pytest.mark.slow
+def test_an_exported_model_runs_in_a_fresh_environment(packed, tmp_path, monkeypatch):
+    """With JAX and flatbuffers from the registry, and nothing of this process."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    python = tmp_path / "environment" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    pinned = f"--constraint={ROOT / 'requirements.txt'}"
+    install = [python, "-m", "pip", "install", "--quiet", pinned, "jax", "flatbuffers"]
+    subprocess.run(install, check=True)
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there.mkdir()
+    elsewhere.mkdir()
+    shutil.copy(LOADER, there)
+    file = there / "packed.stablehlo"
+    assert call(export_command, monkeypatch, packed, "--step=packed", f"--out={file}") == 0
+    x = np.random.default_rng(0).random((5, 8, 8, 1), np.float32)
+    np.save(elsewhere / "x.npy", x)
+    done = subprocess.run(
+        [python, there / "loader.py", file, "x.npy", "y.npy"],
+        cwd=elsewhere,
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(np.load(elsewhere / "y.npy"), gaudi_jax.load(packed, "packed")(x))
+
+
 def test_what_was_packed_is_exported(packed, tmp_path, monkeypatch):
     file = tmp_path / "packed.stablehlo"
     assert call(export_command, monkeypatch, packed, "--step=packed", f"--out={file}") == 0
