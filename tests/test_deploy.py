@@ -1,6 +1,7 @@
 """A run from its checkpoint to a packed model and to one file."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 import gaudi_jax
+from benchmarks import latency
 from gaudi_jax.compression import densify
 from gaudi_jax.deploy import __main__ as deploy_command
 from gaudi_jax.deploy import autotune
@@ -27,7 +29,8 @@ from gaudi_jax.models.generate import generate
 from gaudi_jax.report import write_report
 from gaudi_jax.training.loop import train
 from tests.runs import tiny_config
-from tests.test_packed import EVEN, assert_same_function, layer_of
+from tests.test_command import command
+from tests.test_packed import EVEN, assert_close, assert_same_function, layer_of
 
 ROOT = Path(__file__).parents[1]
 LOADER = ROOT / "gaudi_jax" / "export" / "loader.py"
@@ -80,11 +83,52 @@ def test_the_report_states_soft_hard_and_packed_results(workdir):
     assert "Test accuracy, packed" in (workdir / "summary.txt").read_text()
 
 
+@pytest.mark.slow
+def test_main_evaluates_what_was_packed(packed, tmp_path):
+    config = tmp_path / "tiny.py"
+    config.write_text(
+        "from tests.runs import tiny_config\n\ndef get_config():\n    return tiny_config(steps=4)\n"
+    )
+    report = write_report(packed)
+    options = "--config.evaluate_only=True", "--config.evaluate_checkpoint=packed"
+    result = command(f"--config={config}", *options, f"--workdir={packed}")
+    assert result.returncode == 0, result.stderr
+    printed = re.search(r"^Test accuracy, packed +(.*) %$", result.stdout, re.MULTILINE)
+    assert printed, result.stdout
+    assert printed[1] == f"{100 * report['test_accuracy_packed']:.2f}"
+    assert "PackedLinear" in result.stdout
+    summary = json.loads((packed / "summary-packed.json").read_text())
+    assert summary["test_loss_packed"] == pytest.approx(report["test_loss_packed"], rel=1e-5)
+    assert json.loads((packed / "summary.json").read_text()) == report
+
+
 def test_the_table_of_forms_compares_the_same_model(workdir):
     model = gaudi_jax.load(workdir)
     forms = {"dense": densify(model), "packed": gaudi_jax.harden(model).model}
     table = deploy_command.measured(forms, IMAGES, batch=2, repeats=1)
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["dense", "packed"]
+
+
+def test_the_study_of_latency_measures_a_run(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))  # what autotuning measures is kept there
+    call(latency, monkeypatch, workdir, "--batch=2", "--repeats=1")
+    times = json.loads(capsys.readouterr().out)
+    assert sorted(times) == ["dense_ms", "deployed_ms"]
+    assert min(times.values()) > 0
+
+
+@pytest.mark.parametrize(("fastest", "kind"), [("dense", "Linear"), ("own", "LowRankLinear")])
+def test_the_study_of_latency_takes_the_fastest_form(fastest, kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(
+        latency, "interleaved_medians", lambda forms, _: {name: name != fastest for name in forms}
+    )
+    low_rank = gaudi_jax.LowRankLinear(64, 32, rank=4, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 1, 4), low_rank)
+    deployed = latency.fastest(model, {"layers/0": 2, "layers/1": 2}, repeats=1)
+    assert [type(layer).__name__ for layer in deployed.layers] == ["PackedLinear", kind]
+    x = jax.random.normal(jax.random.key(0), (2, 64))
+    assert_close(deployed(x), model(x))
 
 
 def assert_one_sentence(printed, message):
@@ -242,6 +286,35 @@ def test_an_exported_model_runs_with_nothing_but_jax(workdir, exported, tmp_path
     assert header["platforms"] == ["cpu", "cuda", "tpu"]
     assert header["input_shape"] == ["b", 8, 8, 1]
     assert header["card"]["step"] == 4
+
+
+@pytest.mark.slow
+def test_an_exported_model_runs_in_a_fresh_environment(packed, tmp_path, monkeypatch):
+    """With JAX and flatbuffers from the registry, and nothing of this process."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    python = tmp_path / "environment" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    pinned = f"--constraint={ROOT / 'requirements.txt'}"
+    install = [python, "-m", "pip", "install", "--quiet", pinned, "jax", "flatbuffers"]
+    subprocess.run(install, check=True)
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there.mkdir()
+    elsewhere.mkdir()
+    shutil.copy(LOADER, there)
+    file = there / "packed.stablehlo"
+    assert call(export_command, monkeypatch, packed, "--step=packed", f"--out={file}") == 0
+    x = np.random.default_rng(0).random((5, 8, 8, 1), np.float32)
+    np.save(elsewhere / "x.npy", x)
+    done = subprocess.run(
+        [python, there / "loader.py", file, "x.npy", "y.npy"],
+        cwd=elsewhere,
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(np.load(elsewhere / "y.npy"), gaudi_jax.load(packed, "packed")(x))
 
 
 def test_what_was_packed_is_exported(packed, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Packed layers as two block-sparse products."""
 
+import functools
 import json
 import sys
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import gaudi_jax
 from gaudi_jax import GaudiLinear, kernels
@@ -20,6 +22,7 @@ from gaudi_jax.export import export_model, load_exported
 from gaudi_jax.kernels.table import Table
 from gaudi_jax.layers import PackedLinear, tiles
 from gaudi_jax.layers.tiles import Tiles
+from tests.test_gpu_kernel import needs_interpreter
 
 TILINGS = ((128, 4, 1), (128, 4, 1))
 
@@ -174,6 +177,22 @@ def test_the_kernel_is_part_of_a_program_for_gpus_alone(monkeypatch):
     traced = run.trace(state, jnp.ones((128, 128), jnp.bfloat16))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@needs_interpreter
+def test_a_tiled_layer_computes_the_same_with_its_kernel(monkeypatch):
+    """Interpreted on a CPU, with the batch axes and the bias of a layer."""
+    from gaudi_jax.kernels import hopper
+
+    params = plgpu.InterpretGPUParams()
+    interpreted = functools.partial(hopper.multiply, programs=2, interpret=params)
+    monkeypatch.setattr(hopper, "multiply", interpreted)
+    monkeypatch.setattr(tiles, "on_hopper", lambda: True)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x))
+    layer = layer_of(1, 128, 128, granularity=8)
+    packed = in_bfloat16(Packer(layer).tile(64, TILINGS))
+    x = jax.random.normal(jax.random.key(0), (2, 36, 128), jnp.bfloat16)
+    assert difference(packed(x), layer(x)) < 1e-2
 
 
 def test_columns_are_filled_up_with_zeros():

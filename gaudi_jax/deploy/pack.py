@@ -148,7 +148,7 @@ def _places(layer: GaudiLinear, axis: int) -> tuple[np.ndarray, np.ndarray]:
     places = _intervals(
         layer.widths[axis], layer.locations[axis], size, granularity=layer.granularity[axis]
     )
-    return np.asarray(places[0]), np.asarray(places[1])
+    return np.asarray(places[0], int), np.asarray(places[1], int)
 
 
 _intervals = jax.jit(intervals, static_argnums=2, static_argnames="granularity")
