@@ -19,6 +19,7 @@ from gaudi_jax.compression import densify
 from gaudi_jax.deploy import __main__ as deploy_command
 from gaudi_jax.deploy import autotune
 from gaudi_jax.deploy.pack import Packer, pack
+from gaudi_jax.deploy.timing import Running
 from gaudi_jax.errors import UserError
 from gaudi_jax.export import __main__ as export_command
 from gaudi_jax.export import export_model, load_exported
@@ -424,3 +425,11 @@ def test_exporting_mistakes_are_one_sentence(workdir, exported, tmp_path, monkey
         assert call(export_command, monkeypatch, *arguments) == 1
         assert_one_sentence(capsys.readouterr().err, message)
     assert not (tmp_path / "x").exists()
+
+
+def test_calls_take_copies_of_the_arrays_in_turn():
+    running = Running(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), jnp.ones((3, 4)), copies=2)
+    first, second, again = (running() for _ in range(3))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, again)
+    assert len({id(next(running._states)) for _ in range(6)}) == 2

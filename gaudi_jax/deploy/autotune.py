@@ -30,8 +30,12 @@ CACHE_DIR = "~/.cache/gaudi_jax/layouts"
 #: and so from many small products to few large ones.
 OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
+#: Bytes of copies of a layer that no cache of a CPU holds: one vector takes as long as its weights
+#: take to come from memory, which is where those of a large model are. Layers of which so many
+#: copies are fewer bytes are those of models that a cache may hold.
+UNCACHED, COPIES = 1 << 26, 32
 #: Of what is kept; another one where times mean something else.
-FORMAT = 3
+FORMAT = 4
 #: Seconds of what this device or version does not take, and of what found too little memory.
 REFUSED, NO_ROOM = 1e9, 2e9
 #: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.
@@ -141,11 +145,15 @@ def _read(file: Path, count: int) -> list[float] | None:
 def _measure(packer: Packer, choices: list[Choice], tokens: int) -> list[float]:
     x = jax.random.normal(jax.random.key(0), (tokens, packer.layer.in_features), packer.dtype)
 
-    times = 1 if jax.default_backend() == "cpu" else 50
+    times, copies = 50, 1
+    if jax.default_backend() == "cpu":
+        layer = packer.layer
+        size = layer.in_features * layer.out_features * packer.dtype.itemsize
+        times, copies = 1, min(COPIES, max(1, UNCACHED // size))
 
     def make(choice: Choice) -> Running | float:
         try:
-            return Running(_packed(packer, choice), x, times=times)
+            return Running(_packed(packer, choice), x, times=times, copies=copies)
         except Exception as error:  # a kernel that this GPU or version does not take
             if isinstance(choice, Compiled | Cells):
                 raise

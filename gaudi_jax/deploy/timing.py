@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ class Running:
         inputs: its arguments.
         times: how often it is applied, one application after the other, so that what it takes to
             start a program weighs nothing.
+        copies: of its arrays, taken in turn by one call after the other: with more than caches
+            hold, each call reads its arrays from memory, as a layer of a large model does.
 
     Attributes:
         parameter_bytes: of all its arrays.
@@ -34,9 +37,10 @@ class Running:
         ((3, 2), 40)
     """
 
-    def __init__(self, model: nnx.Module, *inputs: Array, times: int = 1):
-        graphdef, self._state = nnx.split(model)
+    def __init__(self, model: nnx.Module, *inputs: Array, times: int = 1, copies: int = 1):
+        graphdef, state = nnx.split(model)
         self._inputs = inputs
+        self._states = cycle([state, *(jax.tree.map(jnp.copy, state) for _ in range(copies - 1))])
 
         def apply(state, *inputs):
             model, token = nnx.merge(graphdef, state), jnp.float32(0)
@@ -48,8 +52,8 @@ class Running:
 
             return ordered(model, inputs, jax.lax.fori_loop(0, times - 1, again, token))
 
-        self._run = jax.jit(apply).lower(self._state, *inputs).compile()
-        self.parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        self._run = jax.jit(apply).lower(state, *inputs).compile()
+        self.parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self.peak_bytes = None
         if memory := self._run.memory_analysis():
             kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -57,7 +61,7 @@ class Running:
 
     def __call__(self) -> Array:
         """The model's output."""
-        return self._run(self._state, *self._inputs)[0]
+        return self._run(next(self._states), *self._inputs)[0]
 
 
 def ordered(
