@@ -11,7 +11,7 @@ they lose is the last column but one. How times are measured: ``benchmarks/deplo
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,21 +45,31 @@ def main() -> None:
     args = parser.parse_args()
     task = open_task(ConfigDict(read_config(args.workdir)))
     model = gaudi_jax.load(args.workdir)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
+    layers, x = find_gaudi(model)[0], inputs(task)
+    if not layers:
+        raise SystemExit(f"the run {args.workdir} has no Gaudi layers")
+    if args.batch > len(x):
+        raise SystemExit(f"--batch {args.batch} is more than the {len(x)} of the run")
+    if args.decode and not (isinstance(model, GPT2) and x.shape[1] > PROMPT + 1):
+        raise SystemExit(f"--decode needs a run of a GPT-2 on more than {PROMPT + 1} tokens")
+    dtype = (next(iter(layers.values())).dtype or jnp.dtype("float32")).name
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype}")
     rows = layer_rows(model, tokens_of(model, task.example, args.batch), args.repeats)
     show(rows)
-    rows += model_rows(model, task, args.batch, args.repeats)
+    rows += model_rows(model, task, x[: args.batch], args.repeats)
     if args.decode:
-        rows += decoding_rows(model, task, args.repeats)
-    check(rows, "float32")
+        rows += decoding_rows(cast(GPT2, model), x[:1], args.repeats)
     if args.keep:
-        keep([row | {"part": args.workdir.name, "dtype": "float32"} for row in rows])
+        keep([row | {"part": args.workdir.name, "dtype": dtype} for row in rows])
+    check(rows, dtype)
 
 
 def layer_rows(model: nnx.Module, tokens: dict[str, int], repeats: int) -> list[Row]:
     rows = []
     for path, layer in find_gaudi(model)[0].items():
-        x = jax.random.normal(jax.random.key(0), (tokens[path], layer.in_features))
+        x = jax.random.normal(
+            jax.random.key(0), (tokens[path], layer.in_features), layer.dtype or jnp.float32
+        )
         made = {form: form_of(layer, form, tokens[path]) for form in FORMS}
         calls = at_once({form: partial(Running, one, x) for form, one in made.items()})
         seconds = interleaved_medians(calls, repeats)
@@ -69,7 +79,6 @@ def layer_rows(model: nnx.Module, tokens: dict[str, int], repeats: int) -> list[
                 "rows": tokens[path],
                 **structure(layer),
                 "multiplications": relative(layer, int(made["packed"].multiplications())),
-                "packed_error": 0.0,
                 "low_rank_error": float(relative_error(layer.kernel(), made["low_rank"].kernel())),
                 "difference": difference(calls["packed"](), calls["dense"]()),
                 **{f"{form}_ms": 1e3 * s for form, s in seconds.items()},
@@ -84,7 +93,10 @@ def form_of(layer: GaudiLinear, form: str, tokens: int) -> Any:
     if form == "packed":
         return gaudi_jax.harden(layer, tokens=tokens, autotune=True).model
     low_rank = low_rank_of(
-        layer.kernel(), int(layer.multiplications()), use_bias=layer.bias is not None
+        layer.kernel(),
+        int(layer.multiplications()),
+        use_bias=layer.bias is not None,
+        dtype=layer.dtype,
     )
     if layer.bias is not None:
         low_rank.bias.set_value(layer.bias.get_value())
@@ -112,9 +124,8 @@ def in_form(model: nnx.Module, form: str, tokens: dict[str, int]) -> Any:
     return nnx.clone(model, arrays=True)
 
 
-def model_rows(model: nnx.Module, task: Task, batch: int, repeats: int) -> list[Row]:
-    x = inputs(task)[:batch]
-    tokens = tokens_of(model, task.example, batch)
+def model_rows(model: nnx.Module, task: Task, x: jax.Array, repeats: int) -> list[Row]:
+    tokens = tokens_of(model, task.example, len(x))
     made = {form: in_form(model, form, tokens) for form in FORMS}
     calls = at_once({form: partial(Running, one, x) for form, one in made.items()})
     seconds = interleaved_medians(calls, repeats)
@@ -122,10 +133,7 @@ def model_rows(model: nnx.Module, task: Task, batch: int, repeats: int) -> list[
     return report(row, seconds, difference(calls["packed"](), calls["dense"]()))
 
 
-def decoding_rows(model: nnx.Module, task: Task, repeats: int) -> list[Row]:
-    if not isinstance(model, GPT2):
-        raise SystemExit(f"--decode needs a run of a GPT-2, not of {type(model).__name__}")
-    text = inputs(task)[:1]
+def decoding_rows(model: GPT2, text: jax.Array, repeats: int) -> list[Row]:
     one_by_one = dict.fromkeys(find_gaudi(model)[0], 1)
     made = {form: in_form(model, form, one_by_one) for form in FORMS}
     row = {"what": "one more token of one row", "rows": 1, "cost": blocks_cost(model)}

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from gaudi_jax import BlastLinear, BlockSparseLinear, LowRankLinear, MonarchLinear, decompose
 from gaudi_jax.decomposition import relative_error
+from gaudi_jax.decomposition.decompose import affordable
 from gaudi_jax.errors import UserError
 
 #: Makes of a kernel and a number of multiplications what has `kernel` and `multiplications`.
@@ -75,8 +77,7 @@ def read(path: Path, budget: float | None) -> tuple[jax.Array, int]:
             if name not in file:
                 raise UserError(f"{path} has no {name}; it has {', '.join(file)}")
         kernel = jnp.asarray(file["M"].T, jnp.float32)
-        # Half a multiplication more, lest rounding loses a whole one.
-        return kernel, int(file["budget"] if budget is None else budget * kernel.size + 0.5)
+        return kernel, int(file["budget"]) if budget is None else affordable(budget, kernel.size)
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         kernels = [read(path, args.budget) for path in args.files]
-    except (OSError, ValueError, UserError) as error:  # ValueError: it is no npz file
+    except (OSError, TypeError, ValueError, BadZipFile, UserError) as error:  # no npz file
         parser.error(str(error))
     rows = []
     for path, (kernel, cost) in zip(args.files, tqdm(kernels, unit="kernel"), strict=True):

@@ -7,12 +7,13 @@
 
 All methods share one recipe: dense layers for half of the steps; then these are compressed under a
 budget, shared out over the layers where the method can; then their factors are trained on. Trains
-every combination through ``main.py``, two runs at a time with one core each, and measures with one
-thread what the deployed form takes beside a dense one (``benchmarks/latency.py``), while the other
-run stands still. Finished runs are kept in ``benchmarks/results/tradeoff.csv`` and not repeated.
-Choices are made on the validation split; the test split is read once, at the end of a run. Prints
-two tables for each task and draws ``benchmarks/results/tradeoff-TASK.png``. ``--quick`` trains one
-seed on digits for 300 steps, and keeps nothing.
+every combination through ``main.py``, two runs at a time with one core each (on a GPU, the tasks of
+its size, one at a time), and measures there what the deployed form takes beside a dense one
+(``benchmarks/latency.py``), while the other run stands still. Finished runs are kept in
+``benchmarks/results/tradeoff.csv`` and not repeated. Choices are made on the validation split; the
+test split is read once, at the end of a run. Prints two tables for each task and draws
+``benchmarks/results/tradeoff-TASK.png``. ``--quick`` trains one seed on digits for 300 steps, and
+keeps nothing.
 """
 
 import argparse
@@ -160,7 +161,7 @@ def plot(rows: Sequence[Row], task: str, measure: str, folder: Path) -> None:
     panels[0].set(
         xlabel="multiplications of the blocks over dense", ylabel=f"test {measure}", title=task
     )
-    panels[1].set(xlabel="time of the deployed model over dense, one core")
+    panels[1].set(xlabel="time of the deployed model over dense")
     panels[0].legend(fontsize=7)
     figure.savefig(folder / f"tradeoff-{task}.png")
 

@@ -17,9 +17,6 @@ import gaudi_jax
 from benchmarks import latency
 from gaudi_jax.compression import densify
 from gaudi_jax.deploy import __main__ as deploy_command
-from gaudi_jax.deploy import autotune
-from gaudi_jax.deploy.pack import Packer, pack
-from gaudi_jax.deploy.timing import Running
 from gaudi_jax.errors import UserError
 from gaudi_jax.export import __main__ as export_command
 from gaudi_jax.export import export_model, load_exported
@@ -31,7 +28,7 @@ from gaudi_jax.report import write_report
 from gaudi_jax.training.loop import train
 from tests.runs import tiny_config
 from tests.test_command import command
-from tests.test_packed import EVEN, assert_close, assert_same_function, layer_of
+from tests.test_packed import assert_close, layer_of
 
 ROOT = Path(__file__).parents[1]
 LOADER = ROOT / "gaudi_jax" / "export" / "loader.py"
@@ -170,49 +167,6 @@ def test_a_packed_model_that_is_not_there_or_damaged_is_named(workdir, tmp_path)
             gaudi_jax.load(tmp_path, "packed")
 
 
-def test_autotune_takes_what_was_fastest_and_keeps_it(tmp_path, monkeypatch):
-    layer = layer_of(3, (8, 8), (8, 8), 1, 12)
-    choices = autotune._choices(Packer(layer), EVEN, 64)
-    assert len(choices) > 2
-    assert choices[-1].layout is None
-    for index, choice in enumerate(choices):
-        # The clock of the first one measured runs fastest.
-        seconds = [1.0 + (i != index) for i in range(len(choices))]
-        monkeypatch.setattr(autotune, "_measure", lambda *_, seconds=seconds: seconds)
-        kept = tmp_path / str(index)
-        tuned = autotune.fastest(layer, EVEN, 64, kept)
-        assert tuned.layout == choice.layout
-        assert_same_function(tuned, layer)
-        monkeypatch.setattr(autotune, "_measure", None)
-        assert autotune.fastest(layer, EVEN, 64, kept).layout == choice.layout
-    (file,) = (tmp_path / "0").iterdir()
-    seconds = [1.0 + i for i in range(len(choices))]
-    monkeypatch.setattr(autotune, "_measure", lambda *_: seconds)
-    for damage in ("damaged", json.dumps({"seconds": [0.0] * len(choices)})):
-        file.write_text(damage)
-        assert autotune.fastest(layer, EVEN, 64, tmp_path / "0").layout == choices[0].layout
-        assert json.loads(file.read_text())["seconds"] == seconds
-
-
-def test_what_one_core_measured_is_not_taken_by_two(tmp_path, monkeypatch):
-    layer = layer_of(3, (8, 8), (8, 8), 1, 12)
-    count = len(autotune._choices(Packer(layer), EVEN, 64))
-    monkeypatch.setattr(autotune, "_measure", lambda *_: [1.0] * count)
-    for cores in (1, 2, 2):
-        monkeypatch.setattr(autotune, "_cores", lambda cores=cores: cores)
-        autotune.fastest(layer, EVEN, 64, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_what_found_no_room_is_measured_again(tmp_path, monkeypatch):
-    layer = layer_of(3, (8, 8), (8, 8), 1, 12)
-    count = len(autotune._choices(Packer(layer), EVEN, 64))
-    seconds = [1.0, *[autotune.NO_ROOM] * (count - 1)]
-    monkeypatch.setattr(autotune, "_measure", lambda *_: seconds)
-    autotune.fastest(layer, EVEN, 64, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_each_layer_is_planned_for_its_own_number_of_inputs():
     model = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 1, 3), layer_of(1, (8, 8), (8, 8), 1, 3))
     shapes = []
@@ -232,14 +186,6 @@ def test_any_number_of_inputs_through_factors_that_may_be_composed(rank, tmp_pat
     export_model(model, example, tmp_path / "file", platforms=["cpu"])
     x = jax.random.normal(jax.random.key(0), (3, 64))
     np.testing.assert_allclose(load_exported(tmp_path / "file")(x), model(x), atol=1e-5)
-
-
-def test_autotune_measures(tmp_path):
-    layer = layer_of(3, (8, 8), (32, 32), 1, 12)
-    model, _ = gaudi_jax.harden(layer, tokens=2048, autotune=True, cache_dir=tmp_path)
-    assert_same_function(model, layer)
-    (file,) = tmp_path.iterdir()
-    assert min(json.loads(file.read_text())["seconds"]) > 0
 
 
 @pytest.fixture(scope="module")
@@ -425,11 +371,3 @@ def test_exporting_mistakes_are_one_sentence(workdir, exported, tmp_path, monkey
         assert call(export_command, monkeypatch, *arguments) == 1
         assert_one_sentence(capsys.readouterr().err, message)
     assert not (tmp_path / "x").exists()
-
-
-def test_calls_take_copies_of_the_arrays_in_turn():
-    running = Running(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), jnp.ones((3, 4)), copies=2)
-    first, second, again = (running() for _ in range(3))
-    np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(first, again)
-    assert len({id(next(running._states)) for _ in range(6)}) == 2

@@ -306,6 +306,27 @@ def test_packed_outputs_that_are_not_the_dense_ones_fail_the_benchmark(study):
             deploy.check([right, {"what": "fc2", "difference": difference}], "float32")
 
 
+def test_rows_of_the_deploy_benchmark_are_kept(study, tmp_path, monkeypatch):
+    deploy = study("deploy")
+    monkeypatch.setattr(deploy.KEPT, "path", tmp_path / "rows.csv")
+    deploy.keep([{"what": "fc1", "dense_ms": 1.23456, "difference": 1e-6}])
+    (row,) = deploy.KEPT.rows()
+    assert (row["what"], row["dense_ms"], row["difference"]) == ("fc1", "1.235", "1e-06")
+    assert row["commit"]
+
+
+def test_tasks_for_a_gpu_need_one_and_run_alone(study, monkeypatch, capsys):
+    tasks = study("tasks")
+    known = tasks.tasks("")
+    assert tasks.at_once(known, ["digits", "docs"]) == 2
+    assert tasks.at_once(known, ["digits", "cifar-gpu"]) == 1
+    monkeypatch.setattr(tasks, "has_gpu", lambda: False)
+    args = argparse.Namespace(tasks=["cifar-gpu"], text="", images="", methods=[""])
+    with pytest.raises(SystemExit):
+        tasks.checked(argparse.ArgumentParser(), args, ["dense"])
+    assert "cifar-gpu needs a GPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_a_trained_run_takes_deployed(tmp_path):
     run = tmp_path / "run"

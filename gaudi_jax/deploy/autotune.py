@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gaudi_jax.deploy.layout import Compiled
 from gaudi_jax.deploy.machine import Machine
 from gaudi_jax.deploy.pack import Packer, Tiling
-from gaudi_jax.deploy.timing import Running, interleaved_medians
+from gaudi_jax.deploy.timing import Running, copies_out_of_cache, interleaved_medians
 from gaudi_jax.errors import reason
 from gaudi_jax.kernels import on_hopper
 from gaudi_jax.layers import GaudiLinear, PackedLinear
@@ -30,10 +30,6 @@ CACHE_DIR = "~/.cache/gaudi_jax/layouts"
 #: and so from many small products to few large ones.
 OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
-#: Bytes of copies of a layer that no cache of a CPU holds: one vector takes as long as its weights
-#: take to come from memory, which is where those of a large model are. Layers of which so many
-#: copies are fewer bytes are those of models that a cache may hold.
-UNCACHED, COPIES = 1 << 26, 32
 #: Of what is kept; another one where times mean something else.
 FORMAT = 4
 #: Seconds of what this device or version does not take, and of what found too little memory.
@@ -145,11 +141,9 @@ def _read(file: Path, count: int) -> list[float] | None:
 def _measure(packer: Packer, choices: list[Choice], tokens: int) -> list[float]:
     x = jax.random.normal(jax.random.key(0), (tokens, packer.layer.in_features), packer.dtype)
 
-    times, copies = 50, 1
-    if jax.default_backend() == "cpu":
-        layer = packer.layer
-        size = layer.in_features * layer.out_features * packer.dtype.itemsize
-        times, copies = 1, min(COPIES, max(1, UNCACHED // size))
+    layer = packer.layer
+    copies = copies_out_of_cache(layer.in_features * layer.out_features * packer.dtype.itemsize)
+    times = 1 if jax.default_backend() == "cpu" else 50
 
     def make(choice: Choice) -> Running | float:
         try:

@@ -11,6 +11,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+#: Bytes of copies in turn of which a call finds little in the caches of a CPU, and the most copies.
+OUT_OF_CACHE, MOST_COPIES = 1 << 26, 16
+
+
+def copies_out_of_cache(size: int) -> int:
+    """How many copies of a layer are to be called in turn for its weights to come from memory.
+
+    One vector at a time takes as long as its weights take to come, which is from memory in a large
+    model. The layers of a model that a cache may hold are small, and so are these copies of them.
+
+    Args:
+        size: bytes of the dense kernel.
+
+    Returns:
+        At least 2 on CPUs, as each form is called twice in a row; 1 on other devices.
+
+    Example:
+        >>> from gaudi_jax.deploy.timing import copies_out_of_cache
+        >>> copies_out_of_cache(768 * 3072 * 4)  # on a CPU
+        7
+    """
+    if jax.default_backend() != "cpu":
+        return 1
+    return min(MOST_COPIES, max(2, OUT_OF_CACHE // size))
+
 
 class Running:
     """A model compiled for one input; called, it computes its output.
