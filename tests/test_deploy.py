@@ -17,6 +17,7 @@ import gaudi_jax
 from benchmarks import latency
 from gaudi_jax.compression import densify
 from gaudi_jax.deploy import __main__ as deploy_command
+from gaudi_jax.deploy.pack import pack
 from gaudi_jax.errors import UserError
 from gaudi_jax.export import __main__ as export_command
 from gaudi_jax.export import export_model, load_exported
