@@ -93,6 +93,8 @@ def use_compilation_cache(directory: str) -> None:
     if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         path = str(Path(directory).expanduser())
         jax.config.update("jax_compilation_cache_dir", path)
+        # JAX leaves out what compiles in less than a second, such as all of the search's parts.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _explain(error: Exception) -> str:

@@ -121,7 +121,10 @@ def test_compiled_programs_are_kept_where_the_config_says(tmp_path, monkeypatch)
     main.use_compilation_cache("")
     assert not kept
     main.use_compilation_cache(str(tmp_path))
-    assert kept == {"jax_compilation_cache_dir": str(tmp_path)}
+    assert kept == {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
 
 
 @pytest.mark.slow
