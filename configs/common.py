@@ -132,6 +132,7 @@ def base_config() -> ConfigDict:
             "stages": ((0.0, 0.25),),
             "rules": (("blocks/.*", None),),  # (pattern of paths, budget; None for the stage's)
             "allocation": "global",  # or uniform
+            "floor": 0.0,  # share of its uniform budget that each layer keeps in global allocation
             "rank": 1,
             "granularity": 1,
             # Parts of each axis for monarch, blast and block_sparse; None for 4, 4 and 16.

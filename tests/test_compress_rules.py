@@ -95,6 +95,8 @@ def test_bad_rules_are_named(rule, message):
         (0.2, {"method": "gaudi", "granularity": 16}, "budget=0.2 of layer 'layers/2'"),
         (0.1, {"allocation": "global"}, "budget=0.1 is less than .*3 layers together"),
         (0.5, {"allocation": "best"}, "unknown allocation 'best'"),
+        (0.5, {"allocation": "global", "floor": 1.5}, r"floor=1.5 is outside \[0, 1\]"),
+        (0.5, {"floor": 0.5}, "floor=0.5 has no effect"),
         (0.5, {"method": "gaudi", "rank": 5}, "rank=5 is too large for layer 'layers/2' of 16x4"),
         (0.5, {"method": "skip"}, r"no layer .* \(layers/0: a rule skips it, .*give a model with"),
         ([Rule(".*", budget=0.5)], {"allocation": "global"}, "allocation='global' has no layer"),
@@ -195,6 +197,26 @@ def test_no_transfer_between_layers_gains_anything(curves, extra, data):
     if all(c.floor <= cost <= c.cap for c, cost in zip(curves, moved, strict=True)):
         now, then = (sum(map(gained, curves, each)) for each in (costs, moved))
         assert then <= now + 1e-9
+
+
+@pytest.mark.parametrize("method", ["gaudi", "low_rank", "monarch"])
+@pytest.mark.parametrize("floor", [0.0, 0.75, 1.0])
+def test_each_layer_keeps_its_floor(method, floor):
+    model = network(*[WIDTH] * 4)
+    simple = model.layers[1]
+    simple.kernel.set_value(jnp.outer(simple.kernel[:, 0], simple.kernel[0]))
+    options = {"allocation": "global", "method": method, "rounds": 2, "blocks": 2}
+    if method != "monarch":
+        del options["blocks"]
+    plan = compress(model, 0.5, floor=floor, **options).plan
+    costs = [plan["layers"][f"layers/{i}"]["multiplications"] for i in range(3)]
+    assert sum(costs) <= 1.5 * WIDTH**2
+    component = 2 * WIDTH * (2 if method == "monarch" else 1)
+    assert costs[1] >= floor * 0.5 * WIDTH**2 - component
+    if not floor:
+        assert costs[1] <= component
+    if floor == 1:
+        assert max(costs) - min(costs) <= component
 
 
 @pytest.mark.parametrize("method", ["gaudi", "low_rank"])

@@ -46,6 +46,7 @@ def compress(
     granularity: int | tuple[int, int] = 1,
     blocks: int | None = None,
     allocation: Allocation = "uniform",
+    floor: float = 0.0,
     calibration: Iterable[Any] | None = None,
     rounds: int = ROUNDS,
     key: Array | None = None,
@@ -82,6 +83,7 @@ def compress(
         allocation: "uniform" gives each layer the same fraction. "global" spends the same total
             where it takes most off the sum of the layers' squared relative errors, as their
             singular values foretell it; layers whose rule has a budget keep that.
+        floor: share, in [0, 1], of its uniform budget that each layer keeps in global allocation.
         calibration: batches, read once: an array is the model's argument, the items of a tuple or
             list are its arguments, those of a mapping its keyword arguments; what is no array is
             given as it is. Layers that the model applies inside `jax.vmap`, `jax.checkpoint` or
@@ -122,6 +124,7 @@ def compress(
         granularity=granularity,
         blocks=blocks,
         allocation=allocation,
+        floor=floor,
     )
     for path in choices:
         _check_kernel(path, dense[path])
@@ -132,7 +135,7 @@ def compress(
     layers = {
         path: Layer(dense[path], choice, moments.get(path)) for path, choice in choices.items()
     }
-    costs = _costs(layers, network, total)
+    costs = _costs(layers, network, total, floor)
 
     entries = {}
     solutions = _solve(layers, costs, rounds, key, progress)
@@ -201,6 +204,7 @@ def choose_layers(
     granularity: int | tuple[int, int],
     blocks: int | None,
     allocation: Allocation,
+    floor: float,
 ) -> Chosen:
     """Finds what `compress` would do to each layer, and checks its options.
 
@@ -213,18 +217,23 @@ def choose_layers(
         granularity: see there.
         blocks: see there.
         allocation: see there.
+        floor: see there.
 
     Raises:
         UserError: a rule is wrong or holds for no layer, or a budget or rank is impossible.
     """
     if allocation not in get_args(Allocation):
         raise UserError(f"unknown allocation {allocation!r}; use 'uniform' or 'global'")
+    if not 0 <= floor <= 1:
+        raise UserError(f"floor={floor} is outside [0, 1]; give a share of a budget such as 0.3")
+    if floor and allocation == "uniform":
+        raise UserError(f"floor={floor} has no effect beside allocation='uniform'; leave it out")
     network, ordered = _budget_and_rules(budget, rules)
     default = Rule(".*", method, network, rank, granularity, blocks)
     dense, left = find_dense(model)
     shapes = {path: matrix_shape(module) for path, module in dense.items()}
     choices, passed_over = choose(ordered, default, shapes, left)
-    total = _total(choices, shapes, network, allocation)
+    total = _total(choices, shapes, network, allocation, floor)
     return Chosen(dense, {**left, **passed_over}, choices, network, total)
 
 
@@ -260,6 +269,7 @@ def _total(
     shapes: Mapping[str, tuple[int, int]],
     network: float | None,
     allocation: str,
+    floor: float,
 ) -> int | None:
     """Checks the budgets; returns the multiplications to be shared out, None for uniform ones."""
     own = [path for path, choice in choices.items() if choice.budget is not None]
@@ -280,7 +290,7 @@ def _total(
     if not spread:
         return None
     total = sum(affordable(cast(float, network), math.prod(shapes[path])) for path in spread)
-    least = sum(choices[path].least(shapes[path]) for path in spread)
+    least = sum(_floor(choices[path], shapes[path], cast(float, network), floor) for path in spread)
     if total < least:
         dense = sum(math.prod(shapes[path]) for path in spread)
         raise UserError(
@@ -290,7 +300,14 @@ def _total(
     return total
 
 
-def _costs(layers: Mapping[str, Layer], network: float | None, total: int | None) -> dict[str, int]:
+def _floor(choice: Choice, shape: tuple[int, int], network: float, share: float) -> int:
+    """The fewest multiplications that a layer gets of a budget that is shared out."""
+    return max(choice.least(shape), affordable(share * network, math.prod(shape)))
+
+
+def _costs(
+    layers: Mapping[str, Layer], network: float | None, total: int | None, floor: float
+) -> dict[str, int]:
     """Multiplications that each layer may cost."""
     costs = {
         path: affordable(budget, math.prod(layer.shape))
@@ -299,6 +316,13 @@ def _costs(layers: Mapping[str, Layer], network: float | None, total: int | None
     }
     if total is not None:
         spread = [path for path, layer in layers.items() if layer.choice.budget is None]
-        curves = [layers[path].curve(costs[path]) for path in spread]
+        floors = [
+            _floor(layers[path].choice, layers[path].shape, cast(float, network), floor)
+            for path in spread
+        ]
+        curves = [
+            layers[path].curve(costs[path], least)
+            for path, least in zip(spread, floors, strict=True)
+        ]
         costs |= dict(zip(spread, share_out(curves, total), strict=True))
     return costs

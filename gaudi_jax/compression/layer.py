@@ -46,21 +46,24 @@ class Layer:
             return None
         return self._moments.raw() if self.module.bias is None else self._moments.centred()
 
-    def curve(self, uniform: int) -> Curve:
-        """How the error falls with the cost, and the costs that the layer may get."""
+    def curve(self, uniform: int, floor: int) -> Curve:
+        """How the error falls with the cost, and the costs that the layer may get.
+
+        Args:
+            uniform: multiplications that the layer would get if all got the same fraction.
+            floor: those that it gets at least; at least what it can be made with.
+        """
         n, m = self.shape
         shares, step = np.asarray(gains(self._kernel(), self._second_moment())), n + m
         if self.choice.blocks is not None:
             step = GRID_LAYERS[self.choice.method].step(n, m, self.choice.blocks)
             several = max(step // (n + m), 1)  # components of the SVD for which one step pays
             shares = np.add.reduceat(shares, np.arange(0, len(shares), several))
-        return Curve(
-            shares,
-            step,
-            floor=self.choice.least(self.shape),
-            cap=max(n * m, uniform),
-            whole=self.choice.method not in ("gaudi", "best"),
-        )
+        whole = self.choice.method not in ("gaudi", "best")
+        if whole:  # the floor buys whole components: they are one to `share_out`
+            more, rest = divmod(floor - self.choice.least(self.shape), step)
+            shares, floor = np.append(shares[: 1 + more].sum(), shares[1 + more :]), floor - rest
+        return Curve(shares, step, floor, cap=max(n * m, uniform), whole=whole)
 
     @jax.default_matmul_precision("highest")
     def solve(self, cost: int, rounds: int, key: Array | None) -> Solution:

@@ -150,6 +150,7 @@ def _compress_options(config: ConfigDict) -> dict[str, Any]:
         "granularity": options.granularity,
         "blocks": options.blocks,
         "allocation": options.allocation,
+        "floor": options.floor,
     }
 
 
