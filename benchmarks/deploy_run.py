@@ -52,7 +52,7 @@ def main() -> None:
         raise SystemExit(f"--batch {args.batch} is more than the {len(x)} of the run")
     if args.decode and not (isinstance(model, GPT2) and x.shape[1] > PROMPT + 1):
         raise SystemExit(f"--decode needs a run of a GPT-2 on more than {PROMPT + 1} tokens")
-    dtype = (next(iter(layers.values())).dtype or jnp.dtype("float32")).name
+    dtype = jnp.dtype(next(iter(layers.values())).dtype or jnp.float32).name
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype}")
     rows = layer_rows(model, tokens_of(model, task.example, args.batch), args.repeats)
     show(rows)
