@@ -79,7 +79,13 @@ def test_monarch_is_the_block_wise_svd(name):
 
 @pytest.mark.parametrize(
     ("name", "blocks", "share"),
-    [*((name, 4, BLAST_SHARES[name]) for name in MEASURED), ("olb_blocks_128x128", 8, 0.3)],
+    [
+        *(
+            pytest.param(name, 4, share, marks=[pytest.mark.slow] if "256" in name else [])
+            for name, share in BLAST_SHARES.items()
+        ),
+        ("olb_blocks_128x128", 8, 0.3),
+    ],
 )
 def test_blast_is_better_than_low_rank_at_its_cost(name, blocks, share):
     kernel, budget, low_rank = golden(name)
