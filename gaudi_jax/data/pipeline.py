@@ -146,8 +146,11 @@ def evaluation_batches(
     images = grain.MapDataset.source(as_pictures(source)).map(prepare)
     batches = batched(images, batch_size, shard, drop_remainder=False, in_shared_memory=workers > 0)
     rows = part_size(batch_size, shard)
-    for batch in sheltered(_with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers)):
-        yield _padded(batch, rows)
+    # Closed also where a worker raises an error: the others hold batches in shared memory, which
+    # nobody frees once the iterator is gone.
+    with closing(iter(_with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers))) as iterator:
+        for batch in sheltered(iterator):
+            yield _padded(batch, rows)
     # Every process gives a part of every batch, also where the images have come to their end.
     if len(batches) < math.ceil(len(source) / batch_size):
         one = prepare(as_pictures(source)[0])
