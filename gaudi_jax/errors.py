@@ -1,12 +1,9 @@
 """The one exception for mistakes that a user can mend, and how commands tell of it."""
 
 import errno
-import gc
 import logging
 import sys
-import time
 from collections.abc import Callable
-from multiprocessing.shared_memory import SharedMemory
 
 import jax
 
@@ -64,23 +61,8 @@ def exit_status(command: Callable[[], object]) -> int:
             file=sys.stderr,
         )
     else:
-        _wait_for_freed_memory()
         return 0
-    _wait_for_freed_memory()
     return 1
-
-
-def _wait_for_freed_memory() -> None:
-    """Lets Grain's thread free the last batches, in shared memory, of which Python warns at exit.
-
-    An error and its frames hold each other, and with them batches, until they are collected.
-    """
-    gc.collect()
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and any(
-        type(thing) is SharedMemory for thing in gc.get_objects()
-    ):
-        time.sleep(0.02)
 
 
 def _silence_checkpoint_threads() -> None:

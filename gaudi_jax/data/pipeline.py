@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -180,11 +181,23 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
         return dataset
     if not flags.FLAGS.is_parsed():  # Grain's processes read flags that only absl programs parse
         flags.FLAGS.mark_as_parsed()
-    # Python starts this with the first worker otherwise, and lets signals through after it, which
-    # are blocked then (`sheltered`).
-    resource_tracker.ensure_running()
+    _start_tracker()
     options = grain.MultiprocessingOptions(num_workers=workers)
     return dataset.mp_prefetch(options, worker_init_fn=_as_worker)
+
+
+def _start_tracker() -> None:
+    """Starts the process that frees what shared memory is left when the run ends, without a word.
+
+    Something is left where batches are on their way when it ends. Python starts this process with
+    the first worker otherwise, and lets signals through after it, which are blocked then
+    (`sheltered`).
+    """
+    sys.warnoptions.append("ignore:resource_tracker")  # handed on to the process
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.pop()
 
 
 def sheltered(batches: Iterable[Batch]) -> Iterator[Batch]:
