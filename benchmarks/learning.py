@@ -1,7 +1,7 @@
 """What learned structure is worth: methods x budgets x seeds on several tasks.
 
     python benchmarks/learning.py --text shakespeare.txt --images cifar10
-        [--tasks digits shakespeare docs cifar] [--methods WORD ...] [--budgets 0.25 0.125]
+        [--tasks digits shakespeare docs cifar] [--methods PATTERN ...] [--budgets 0.25 0.125]
         [--seeds 5]
     python benchmarks/learning.py --quick
 
@@ -39,24 +39,33 @@ COLUMNS = (
 )
 
 
-SEARCH, GRID = "Gaudi, search", "Gaudi, search, grid 1/8"
-TWO_STEPS = "search in two steps"
-MATCHED = "low-rank, matched to Gaudi, search"
+SEARCH, MATCHED, GRID = "Gaudi, search at", "low-rank, matched to ", ", grid 1/8"
 FROZEN = (
     "--config.optimizer.structural_learning_rate=0.0",
     "--config.optimizer.location_learning_rate=0.0",
 )
-#: Methods of which fewer seeds show enough: variants of the search recipe.
+#: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
 
 
-def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Arguments of the config, and options of the command line."""
+#: Arguments of the config, and options of the command line.
+Method = tuple[str, tuple[str, ...]]
+
+
+def methods(task: Task, budget: float) -> dict[str, Method]:
     own = f"budget={budget}"
     scratch = f"recipe=budget,{own}"
-    search, low_rank = (f"layer={layer},recipe=search,{own}" for layer in ("gaudi", "low_rank"))
-    one_step = (f"--config.compress.stages=((0.5,{budget}),)",)
-    two_steps = (f"--config.compress.stages=((0.3,{(1 + budget) / 2}),(0.5,{budget}))",)
+    layers = {"Gaudi": "gaudi", "low-rank": "low_rank"}
+
+    def search(kind: str, *shares: float, left: Sequence[float] = ()) -> Method:
+        """Layers of a kind, found at these shares of the steps for what is left of the cost."""
+        pairs = tuple(zip(shares, left or (budget,) * len(shares), strict=True))
+        return f"layer={layers[kind]},recipe=search,{own}", (f"--config.compress.stages={pairs}",)
+
+    def with_options(method: Method, *options: str) -> Method:
+        return method[0], (*method[1], *options)
+
+    half_way = (1 + budget) / 2, budget
     random = [
         f"--config.layer.{part}.{option}"
         for part, full_width in task.full_width.items()
@@ -65,55 +74,66 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
     known = {
         "dense": ("layer=dense", ()),
         "low-rank, uniform": (f"layer=low_rank,{scratch}", ()),
-        "low-rank, search": (low_rank, one_step),
-        f"low-rank, {TWO_STEPS}": (low_rank, two_steps),
-        MATCHED: (low_rank, one_step),
         "Gaudi, budget": (f"layer=gaudi,{scratch}", ()),
         "Gaudi, controller only": (f"layer=gaudi,{scratch}", FROZEN),
         "Gaudi, frozen random": (
             f"layer=gaudi,{scratch}",
             (*FROZEN, "--config.controller.name=none", *random),
         ),
+        "Gaudi, learned from random": (
+            f"layer=gaudi,{scratch}",
+            ("--config.controller.begin=0.0", "--config.controller.end=0.0", *random),
+        ),
         "Gaudi, paper": (
             "layer=gaudi,recipe=paper",
             (f"--config.controller.target={task.paper_targets.get(budget)}",),
         ),
-        SEARCH: (search, one_step),
-        GRID: (search, (*one_step, f"--config.compress.granularity={task.width // 8}")),
-        f"Gaudi, {TWO_STEPS}": (search, two_steps),
-        VARIANT + "gradients on the structure": (
-            search,
-            (
-                *one_step,
-                f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
-                f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
-                "--config.optimizer.layer_moment=True",
-                "--config.controller.name=budget",
-                f"--config.controller.target={budget}",
-                f"--config.controller.floor={0.6 * budget}",
-                "--config.controller.begin=0.0",
-                "--config.controller.end=0.4",
-            ),
-        ),
-        VARIANT + "found anew": (
-            search,
-            (f"--config.compress.stages=((0.5,{budget}),(0.7,{budget}))",),
-        ),
-        VARIANT + "early": (search, (f"--config.compress.stages=((0.3,{budget}),)",)),
-        VARIANT + "low-rank, early": (low_rank, (f"--config.compress.stages=((0.3,{budget}),)",)),
-        VARIANT + "late": (search, (f"--config.compress.stages=((0.8,{budget}),)",)),
-        VARIANT + "low-rank, late": (low_rank, (f"--config.compress.stages=((0.8,{budget}),)",)),
         **{
-            f"{VARIANT}{kind}, factors {scale:g} times as fast": (
-                f"layer={layer},recipe=search,{own}",
-                (*one_step, f"--config.optimizer.factor_scale={scale}"),
+            name: method
+            for share in (0.3, 0.5)
+            for name, method in {
+                f"{SEARCH} {share}": search("Gaudi", share),
+                f"{SEARCH} {share}{GRID}": with_options(
+                    search("Gaudi", share),
+                    f"--config.compress.granularity={task.width // 8}",
+                ),
+                f"{MATCHED}{SEARCH} {share}": search("low-rank", share),
+                f"low-rank, search at {share}": search("low-rank", share),
+            }.items()
+        },
+        **{
+            f"{kind}, search in two steps, {first} and {last}": search(
+                kind, first, last, left=half_way
+            )
+            for first, last in ((0.1, 0.3), (0.3, 0.5))
+            for kind in layers
+        },
+        **{
+            f"{VARIANT}{kind}, search at {share}": search(kind, share)
+            for share in (0.03, 0.1, 0.2, 0.8)
+            for kind in layers
+        },
+        **{
+            f"{VARIANT}{kind}, factors {scale:g} times as fast": with_options(
+                search(kind, 0.5), f"--config.optimizer.factor_scale={scale}"
             )
             for scale in (1.0, 2.0, 8.0)
-            for kind, layer in (("Gaudi", "gaudi"), ("low-rank", "low_rank"))
+            for kind in layers
         },
-        VARIANT + "uniform budgets": (
-            search,
-            (*one_step, "--config.compress.allocation=uniform"),
+        VARIANT + "found anew": search("Gaudi", 0.5, 0.7),
+        VARIANT + "uniform budgets": with_options(
+            search("Gaudi", 0.5), "--config.compress.allocation=uniform"
+        ),
+        VARIANT + "gradients on the structure": with_options(
+            search("Gaudi", 0.5),
+            f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
+            f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
+            "--config.optimizer.layer_moment=True",
+            "--config.controller.name=budget",
+            f"--config.controller.target={budget}",
+            f"--config.controller.floor={0.6 * budget}",
+            "--config.controller.begin=0.0",
+            "--config.controller.end=0.4",
         ),
     }
     if budget not in task.paper_targets:  # nobody knows where it would end
@@ -124,8 +144,8 @@ def methods(task: Task, budget: float) -> dict[str, tuple[str, tuple[str, ...]]]
 def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Sequence[str]) -> Row:
     arguments, options = methods(task, budget)[method]
     options = (*task.options, f"--config.seed={seed}", *options, *extra)
-    if method == MATCHED:
-        options = (*options, *_matched(name, budget, seed))
+    if method.startswith(MATCHED):
+        options = (*options, *_matched(name, method.removeprefix(MATCHED), budget, seed))
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{name} {method} {budget}".lower())
     picture = RESULTS / "structures" / f"{slug}.png"
     summary = train(
@@ -147,9 +167,9 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     }
 
 
-def _matched(name: str, budget: float, seed: int) -> list[str]:
+def _matched(name: str, method: str, budget: float, seed: int) -> list[str]:
     """Each layer's budget from what it costs in the Gaudi run, in whole columns, rounded up."""
-    wanted = name, SEARCH, f"{budget}", f"{seed}"
+    wanted = name, method, f"{budget}", f"{seed}"
     row = next(
         (
             row
@@ -159,7 +179,7 @@ def _matched(name: str, budget: float, seed: int) -> list[str]:
         None,
     )
     if row is None:
-        raise RunError(f"{MATCHED} needs the run {', '.join(wanted)}; run it before")
+        raise RunError(f"{MATCHED}{method} needs the run {', '.join(wanted)}; run it before")
     rules = []
     for path, (n, m, cost) in json.loads(row["layers"]).items():
         if path.startswith("blocks"):
@@ -190,11 +210,12 @@ def paired_table(rows: Sequence[Row]) -> str:
         if all(row[f"{split}_{measure}"] for row in rows)
     ]
     lines = []
-    for method in (SEARCH, GRID):
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"].startswith(SEARCH)):
+        rival = MATCHED + method.removesuffix(GRID)
         for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] == method):
             ours, theirs = (
                 [row for row in rows if (row["method"], row["budget"]) == (m, budget)]
-                for m in (method, MATCHED)
+                for m in (method, rival)
             )
             pairs = [differences(theirs, ours, measure) for measure in measures]
             if pairs[0]:
@@ -256,7 +277,9 @@ def main() -> None:
     names = tasks("")
     on_cpu = [name for name, task in names.items() if not task.gpu]
     parser.add_argument("--tasks", nargs="+", choices=list(names), default=on_cpu)
-    parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
+    parser.add_argument(
+        "--methods", nargs="+", default=[""], help="those that match a regular expression"
+    )
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a few minutes, nothing is kept")
@@ -277,14 +300,14 @@ def main() -> None:
         for name in args.tasks
         for number, budget in enumerate(args.budgets)
         for method in methods(known[name], budget)
-        if any(word in method for word in args.methods)
+        if any(re.search(pattern, method) for pattern in args.methods)
         and not (method.startswith(VARIANT) and (seed >= VARIANT_SEEDS or args.quick))
         and (name, method, 1.0 if method == "dense" else budget, seed) not in done
         and not (method == "dense" and number)
     ]
     # The Gaudi runs come first: the matched ones need their costs.
     for matched in (False, True):
-        chosen = [job for job in jobs if (job[2] == MATCHED) == matched]
+        chosen = [job for job in jobs if job[2].startswith(MATCHED) == matched]
         run_all(chosen, run, FINISHED, at_once=at_once(known, args.tasks))
     for name in args.tasks:
         rows = [row for row in FINISHED.rows() if row["task"] == name]

@@ -1,6 +1,7 @@
 """What the studies train on, and whether it is there."""
 
 import argparse
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -113,9 +114,13 @@ def checked(
         (images / split).is_dir() for split in ("train", "test")
     ):
         parser.error(f"no images in {images}/train and test; give --images PATH, or --tasks")
-    for word in args.methods:
-        if not any(word in method for method in methods):
-            parser.error(f"--methods {word!r} is part of none of: {'; '.join(methods)}")
+    for pattern in args.methods:
+        try:
+            found = any(re.search(pattern, method) for method in methods)
+        except re.error as error:
+            parser.error(f"--methods {pattern!r} is no regular expression: {error}")
+        if not found:
+            parser.error(f"--methods {pattern!r} matches none of: {'; '.join(methods)}")
     return tasks(str(text), str(images))
 
 

@@ -1,7 +1,7 @@
 """Every structured layer on the same footing: quality against multiplications and against time.
 
     python benchmarks/tradeoff.py --text shakespeare.txt [--images cifar10]
-        [--tasks digits shakespeare] [--methods WORD ...] [--budgets 0.5 0.34 0.125]
+        [--tasks digits shakespeare] [--methods PATTERN ...] [--budgets 0.5 0.34 0.125]
         [--seeds 3]
     python benchmarks/tradeoff.py --quick
 
@@ -19,6 +19,7 @@ keeps nothing.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -177,7 +178,9 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=list(tasks("")), default=["digits", "shakespeare"]
     )
-    parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
+    parser.add_argument(
+        "--methods", nargs="+", default=[""], help="those that match a regular expression"
+    )
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.34, 0.125])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="minutes; nothing is kept")
@@ -199,7 +202,7 @@ def main() -> None:
         for name in args.tasks
         for method in METHODS
         for budget in (args.budgets[:1] if method == "dense" else args.budgets)
-        if any(word in method for word in args.methods)
+        if any(re.search(pattern, method) for pattern in args.methods)
         and (name, method, 1.0 if method == "dense" else budget, seed) not in done
     ]
     run_all(jobs, run, FINISHED, at_once=at_once(known, args.tasks))

@@ -103,7 +103,9 @@ def test_differences_are_those_of_the_same_seeds(study):
 @pytest.mark.parametrize(
     ("tasks", "methods", "message"),
     [
-        (["digits"], ["Monarchs"], "part of none of: dense"),
+        (["digits"], ["Monarchs"], "'Monarchs' matches none of: dense; Monarch"),
+        (["digits"], ["^arch"], "'^arch' matches none of"),
+        (["digits"], ["("], "'(' is no regular expression: missing )"),
         (["shakespeare"], [""], "no text in"),
         (["cifar"], [""], "no images in"),
     ],
@@ -225,10 +227,11 @@ def test_matched_layers_get_whole_columns_that_cost_no_less(study, tmp_path, mon
         "blocks/1/attention/out": (96, 96, 9200),
         "head": (96, 10, 960),
     }
-    row = {"task": "digits", "method": learning.SEARCH, "budget": 0.125, "seed": 1}
+    row = {"task": "digits", "method": "Gaudi, search at 0.3", "budget": 0.125, "seed": 1}
     learning.FINISHED.append(row | {"seed": 0, "layers": "{}"})
+    learning.FINISHED.append(row | {"method": "Gaudi, search at 0.5", "layers": "{}"})
     learning.FINISHED.append(row | {"layers": json.dumps(costs)})
-    rules, allocation = learning._matched("digits", 0.125, 1)
+    rules, allocation = learning._matched("digits", "Gaudi, search at 0.3", 0.125, 1)
     assert allocation == "--config.compress.allocation=uniform"
     shares = dict(ast.literal_eval(rules.removeprefix("--config.compress.rules=")))
     bought = {
@@ -248,12 +251,11 @@ def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
     learning = study("learning")
     monkeypatch.setattr(learning.FINISHED, "path", tmp_path / "learning.csv")
     task = learning.tasks("")["digits"]
-    sentence = (
-        f"{learning.MATCHED} needs the run digits, {learning.SEARCH}, 0.125, 1; run it before"
-    )
+    matched = f"{learning.MATCHED}Gaudi, search at 0.3"
+    sentence = f"{matched} needs the run digits, Gaudi, search at 0.3, 0.125, 1; run it before"
     with pytest.raises(learning.RunError, match=f"^{re.escape(sentence)}$"):
-        learning.run("digits", task, learning.MATCHED, 0.125, 1, [])
-    job = "digits", task, learning.MATCHED, 0.125, 1, []
+        learning.run("digits", task, matched, 0.125, 1, [])
+    job = "digits", task, matched, 0.125, 1, []
     with pytest.raises(SystemExit, match=f"^RunError: {re.escape(sentence)}$"):
         learning.run_all([job], learning.run, learning.FINISHED)
 
