@@ -14,7 +14,7 @@ gradients on the structure that the search has found.
 import argparse
 from collections.abc import Sequence
 
-from learning import VARIANT, methods
+from learning import GRADIENTS, VARIANT, methods
 from runs import RESULTS, Row, Table, block_cost, run_all, train
 from tables import differences, with_error
 from tabulate import tabulate
@@ -84,19 +84,17 @@ def variants() -> dict[tuple[str, str], tuple[str, tuple[str, ...]]]:
     }
     group = "search recipe"
     of_study = methods(tasks("")["digits"], BUDGET)
-    half, tenth = (f"--config.compress.stages=(({share},{BUDGET}),)" for share in (0.5, 0.1))
     found |= {
-        (group, f"{USUAL}: rank 1, grid 1, half dense"): (search, (half,)),
-        (group, "rank 4"): (search, (half, "--config.compress.rank=4")),
-        (group, "dense for a tenth"): (search, (tenth,)),
+        (group, f"{USUAL}: rank 1, grid 1, dense for 0.3"): (search, ()),
+        (group, "rank 4"): (search, ("--config.compress.rank=4",)),
+        (group, "dense for 0.1"): (search, (f"--config.compress.stages=((0.1,{BUDGET}),)",)),
+        (group, "dense for 0.5"): (search, (f"--config.compress.stages=((0.5,{BUDGET}),)",)),
         (group, "not aware of activations"): (
             search,
-            (half, "--config.compress.calibration_batches=0"),
+            ("--config.compress.calibration_batches=0",),
         ),
         (group, "uniform budgets"): of_study[VARIANT + "uniform budgets"],
-        (group, "gradients on the structure after the search"): of_study[
-            VARIANT + "gradients on the structure"
-        ],
+        (group, "gradients on the structure after the search"): of_study[f"{GRADIENTS} 0.3"],
     }
     return found
 

@@ -46,6 +46,7 @@ FROZEN = (
 )
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
+GRADIENTS = VARIANT + "gradients on the structure, search at"
 
 
 #: Arguments of the config, and options of the command line.
@@ -122,19 +123,22 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
         },
         VARIANT + "found anew": search("Gaudi", 0.5, 0.7),
         VARIANT + "uniform budgets": with_options(
-            search("Gaudi", 0.5), "--config.compress.allocation=uniform"
+            search("Gaudi", 0.3), "--config.compress.allocation=uniform"
         ),
-        VARIANT + "gradients on the structure": with_options(
-            search("Gaudi", 0.5),
-            f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
-            f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
-            "--config.optimizer.layer_moment=True",
-            "--config.controller.name=budget",
-            f"--config.controller.target={budget}",
-            f"--config.controller.floor={0.6 * budget}",
-            "--config.controller.begin=0.0",
-            "--config.controller.end=0.4",
-        ),
+        **{
+            f"{GRADIENTS} {share}": with_options(
+                search("Gaudi", share),
+                f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
+                f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
+                "--config.optimizer.layer_moment=True",
+                "--config.controller.name=budget",
+                f"--config.controller.target={budget}",
+                f"--config.controller.floor={0.6 * budget}",
+                "--config.controller.begin=0.0",
+                "--config.controller.end=0.4",
+            )
+            for share in (0.3, 0.5)
+        },
     }
     if budget not in task.paper_targets:  # nobody knows where it would end
         del known["Gaudi, paper"]

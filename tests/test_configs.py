@@ -112,10 +112,10 @@ def test_how_fast_factors_learn(module, arguments, scale):
 
 
 @pytest.mark.parametrize("layer", ["gaudi", "low_rank"])
-def test_by_default_layers_are_dense_for_half_of_the_steps(layer):
+def test_by_default_layers_are_dense_for_three_tenths_of_the_steps(layer):
     config = vit_b_gaudi.get_config(f"layer={layer},budget=0.25")
     assert config.compress.method == layer
-    assert config.compress.stages == ((0.5, 0.25),)
+    assert config.compress.stages == ((0.3, 0.25),)
     assert {options.name for options in config.layer.values()} == {"dense"}
 
 
