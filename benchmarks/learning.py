@@ -122,9 +122,12 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
             for kind in layers
         },
         VARIANT + "found anew": search("Gaudi", 0.5, 0.7),
-        VARIANT + "half of the rounds": with_options(
-            search("Gaudi", 0.3), "--config.compress.rounds=10"
-        ),
+        **{
+            f"{VARIANT}{rounds} rounds": with_options(
+                search("Gaudi", 0.3), f"--config.compress.rounds={rounds}"
+            )
+            for rounds in (10, 40)
+        },
         VARIANT + "uniform budgets": with_options(
             search("Gaudi", 0.3), "--config.compress.allocation=uniform"
         ),
