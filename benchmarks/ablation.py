@@ -1,6 +1,6 @@
 """What each choice of the method is worth, one at a time, on digits at an eighth of the cost.
 
-    python benchmarks/ablation.py [--seeds 3] [--methods WORD ...]
+    python benchmarks/ablation.py [--seeds 3] [--methods PATTERN ...]
 
 Trains every variant through ``main.py``, two runs at a time with one core each. Finished runs are
 kept in ``benchmarks/results/ablation.csv`` and not repeated. Prints a table: cost, validation and
@@ -12,6 +12,7 @@ gradients on the structure that the search has found.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 
 from learning import GRADIENTS, VARIANT, methods
@@ -143,7 +144,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=[""], help="those that contain a word")
+    parser.add_argument(
+        "--methods", nargs="+", default=[""], help="those that match a regular expression"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     done = {(row["group"], row["variant"], int(row["seed"])) for row in FINISHED.rows()}
@@ -151,7 +154,7 @@ def main() -> None:
         (group, variant, seed)
         for seed in range(args.seeds)
         for group, variant in variants()
-        if any(word in f"{group}: {variant}" for word in args.methods)
+        if any(re.search(pattern, f"{group}: {variant}") for pattern in args.methods)
         and (group, variant, seed) not in done
     ]
     run_all(jobs, run, FINISHED)

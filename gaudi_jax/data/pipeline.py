@@ -189,9 +189,9 @@ def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
 def _start_tracker() -> None:
     """Starts the process that frees what shared memory is left when the run ends, without a word.
 
-    Something is left where batches are on their way when it ends. Python starts this process with
-    the first worker otherwise, and lets signals through after it, which are blocked then
-    (`sheltered`).
+    Something is left where batches are on their way when it ends. Where other code has started the
+    process before, it keeps its warnings. Python starts it with the first worker otherwise, and
+    lets signals through after it, which are blocked then (`sheltered`).
     """
     sys.warnoptions.append("ignore:resource_tracker")  # handed on to the process
     try:
