@@ -37,8 +37,10 @@ COLUMNS = (
     *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"),
     *("compress_seconds", "cost", "layers", "commit", "jax", "date"),
 )
+#: Arguments of the config, and options of the command line.
+Method = tuple[str, tuple[str, ...]]
 
-
+#: How the names of methods begin and end.
 SEARCH, MATCHED, GRID = "Gaudi, search at", "low-rank, matched to ", ", grid 1/8"
 FROZEN = (
     "--config.optimizer.structural_learning_rate=0.0",
@@ -46,16 +48,13 @@ FROZEN = (
 )
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
-#: Methods that are left out of a quick study: all but one time of the search.
-SLOW = f"{VARIANT}|two steps|at 0.5"
 GRADIENTS = VARIANT + "gradients on the structure, search at"
-
-
-#: Arguments of the config, and options of the command line.
-Method = tuple[str, tuple[str, ...]]
+#: Methods that a quick study leaves out: those at other times than the default's.
+OTHER_TIMES = f"{VARIANT}|two steps|at 0.5"
 
 
 def methods(task: Task, budget: float) -> dict[str, Method]:
+    """How each method is trained, by its name."""
     own = f"budget={budget}"
     scratch = f"recipe=budget,{own}"
     layers = {"Gaudi": "gaudi", "low-rank": "low_rank"}
@@ -314,7 +313,7 @@ def main() -> None:
         for method in methods(known[name], budget)
         if any(re.search(pattern, method) for pattern in args.methods)
         and not (method.startswith(VARIANT) and seed >= VARIANT_SEEDS)
-        and not (args.quick and re.search(SLOW, method))
+        and not (args.quick and re.search(OTHER_TIMES, method))
         and (name, method, 1.0 if method == "dense" else budget, seed) not in done
         and not (method == "dense" and number)
     ]

@@ -147,8 +147,8 @@ def evaluation_batches(
     images = grain.MapDataset.source(as_pictures(source)).map(prepare)
     batches = batched(images, batch_size, shard, drop_remainder=False, in_shared_memory=workers > 0)
     rows = part_size(batch_size, shard)
-    # Closed also where a worker raises an error: the others hold batches in shared memory, which
-    # nobody frees once the iterator is gone.
+    # Closed also where a worker raises an error: the others end, and free their batches in shared
+    # memory, then and not when the run does.
     with closing(iter(_with_workers(batches.to_iter_dataset(_READ_OPTIONS), workers))) as iterator:
         for batch in sheltered(iterator):
             yield _padded(batch, rows)
