@@ -61,6 +61,10 @@ class PlainAxis:
         """Windows may start anywhere: there is nothing to choose beforehand."""
         return jnp.zeros(h.shape[0], jnp.int32)
 
+    def anchors_of(self, start: Int[Array, " b"]) -> Int[Array, " b"]:
+        """Likewise for windows that there are already."""
+        return jnp.zeros_like(start)
+
     def fit(self, h: Float[Array, "rank n"], anchor: Array, price: float | Array) -> Fit:
         """The factor on the best window at a price per multiplication."""
         gains = cell_energies(h, self.cells) - price * h.shape[0] * self.cell
@@ -151,6 +155,10 @@ class WeightedAxis:
         gains = cell_energies(z, self.cells) - price * rank * self.cell
         return jnp.argmax(best_prefixes(gains)[0], axis=1).astype(jnp.int32)
 
+    def anchors_of(self, start: Int[Array, " b"]) -> Int[Array, " b"]:
+        """The anchors at which windows start."""
+        return jnp.argmax(self.starts == start[:, None], axis=1).astype(jnp.int32)
+
     def fit(self, h: Float[Array, "rank n"], anchor: Array, price: float | Array) -> Fit:
         """The factor on the best window from an anchor at a price per multiplication."""
         inverse = self.inverses[anchor]
@@ -161,7 +169,7 @@ class WeightedAxis:
 
     def refit(self, h: Float[Array, "rank n"], start: Array, length: Array) -> Array:
         """The factor on a given window, which starts at an anchor."""
-        inverse = self.inverses[jnp.argmax(self.starts == start)]
+        inverse = self.inverses[self.anchors_of(start[None])[0]]
         return self._solve(h @ inverse.T, inverse, length)
 
     def _solve(self, z: Array, inverse: Array, length: Array) -> Array:

@@ -11,7 +11,7 @@ from gaudi_jax.decomposition.sweeps import Axes, Blocks, orthonormalise
 #: Columns of the blocks sought at once, and the fewest blocks.
 COLUMNS, FEWEST = 32, 8
 #: Power iterations inside random windows, and then with windows that move.
-FIXED_STEPS, FREE_STEPS = 3, 3
+FIXED_STEPS, FREE_STEPS = 2, 2
 #: A candidate whose cosine with a better one exceeds this is passed over.
 OVERLAP = 0.3
 

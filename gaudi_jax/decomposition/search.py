@@ -28,9 +28,10 @@ AIM = 1.01
 #: Before the first overshoot the price falls by the second factor a round, and by the first one
 #: where the last round added less than PLATEAU of the budget.
 FAST, SLOW, PLATEAU = 0.6, 0.85, 0.02
-#: Shares of the excess that remain after each stage of landing, and the refits that follow it.
+#: Shares of the excess that remain after each stage of landing, and the refits that follow it
+#: (fewer where there are fewer rounds).
 STAGES = ((0.66, 3), (0.33, 3), (0.0, 3), (0.0, 20))
-BISECTIONS = 30
+BISECTIONS = 20
 #: Share of the budget below which the search goes on, and landing shrinks single blocks instead.
 SPENT = 0.9
 
@@ -74,8 +75,8 @@ def search(
             jax.random.fold_in(key, i), error, blocks, blocks.live.sum(), price, axes, limit
         )
 
-        def refit(_, both):
-            return sweep(both[0], both[1], count, price, axes)
+        def refit(i, both):
+            return sweep(both[0], both[1], count, price, axes, seek_anchors=i == 0)
 
         # A loop of the compiler's: a sweep takes seconds to compile.
         error, blocks = lax.fori_loop(0, SWEEPS, refit, (error, added))
@@ -90,7 +91,7 @@ def search(
     first = jnp.where(started, _warm_price(begin, axes), _cold_price(kernel, budget, axes))
     state = (jnp.int32(0), begin, first, started, jnp.float32(0))
     _, blocks, *_ = lax.while_loop(unfinished, round_step, state)
-    return _land(kernel, budget, blocks, axes)
+    return _land(kernel, budget, blocks, axes, jnp.minimum(1.0, rounds / ROUNDS))
 
 
 def svd_blocks(
@@ -152,12 +153,14 @@ def _energies(blocks: Blocks, axes: Axes) -> tuple[Array, Array]:
     return axes.input.own_energies(v, blocks.start[0]), axes.output.own_energies(u, blocks.start[1])
 
 
-def _land(kernel: Float[Array, "in out"], budget: Array, blocks: Blocks, axes: Axes) -> Blocks:
+def _land(
+    kernel: Float[Array, "in out"], budget: Array, blocks: Blocks, axes: Axes, effort: Array
+) -> Blocks:
     """Takes off what exceeds the budget, in stages with refits between them."""
     rank = blocks.v.shape[1]
     excess = jnp.maximum(axes.multiplications(blocks.length, rank) - budget, 0)
     shares = jnp.array([share for share, _ in STAGES])
-    refits = jnp.array([refits for _, refits in STAGES])
+    refits = jnp.ceil(effort * jnp.array([refits for _, refits in STAGES])).astype(jnp.int32)
 
     def stage(i, blocks):
         goal = budget + (shares[i] * excess).astype(jnp.int32)

@@ -79,6 +79,7 @@ def sweep(
     axes: Axes,
     *,
     move_windows: bool = True,
+    seek_anchors: bool | Array = True,
 ) -> tuple[Float[Array, "in out"], Blocks]:
     """Refits all input factors, then all output factors.
 
@@ -89,17 +90,20 @@ def sweep(
         price: of a multiplication, in units of the squared error.
         axes: both axes.
         move_windows: whether windows are chosen anew, or only the values fitted.
+        seek_anchors: whether such a window on a weighted axis may begin at another anchor, the
+            dearest part of a sweep, or only end elsewhere.
 
     Returns:
         The new error and blocks; blocks that are not worth their price are gone.
     """
     (s_in, s_out), (l_in, l_out) = blocks.start, blocks.length
+    how = move_windows, seek_anchors
     error_t, v, u, s_in, l_in = _sweep_axis(
-        error.T, blocks.v, blocks.u, s_in, l_in, l_out, count, price, axes[::-1], move_windows
+        error.T, blocks.v, blocks.u, s_in, l_in, l_out, count, price, axes[::-1], how
     )
     l_out = jnp.where(l_in == 0, 0, l_out)
     error, u, v, s_out, l_out = _sweep_axis(
-        error_t.T, u, v, s_out, l_out, l_in, count, price, axes, move_windows
+        error_t.T, u, v, s_out, l_out, l_in, count, price, axes, how
     )
     l_in = jnp.where(l_out == 0, 0, l_in)
     return error, Blocks(v, u, jnp.stack([s_in, s_out]), jnp.stack([l_in, l_out]))
@@ -115,10 +119,11 @@ def _sweep_axis(
     count: Int[Array, ""],
     price: float | Array,
     axes: tuple[Axis, Axis],
-    move_windows: bool,
+    how: tuple[bool, bool | Array],
 ) -> tuple[Array, Array, Array, Array, Array]:
     """One pass over the blocks that refits the factor `moving` on the second of the axes."""
     fixed_axis, axis = axes
+    move_windows, seek_anchors = how
     slots, rank, _ = moving.shape
     per_chunk = max(1, CHUNK // rank)
     spare = -slots % per_chunk
@@ -136,7 +141,13 @@ def _sweep_axis(
         flat, flat_weighed = _columns(q), _columns(weighed)
         h = (flat @ error).reshape(old.shape) + axis.weigh(old)
         overlap = (flat @ flat_weighed.T).reshape(per_chunk, rank, per_chunk * rank)
-        anchors = axis.anchors(h, price) if move_windows else None
+        anchors = None
+        if move_windows:
+            anchors = lax.cond(
+                seek_anchors,
+                lambda: axis.anchors(h, price),
+                lambda: axis.anchors_of(take(start, chunk)),
+            )
 
         def block_step(b, inner):
             new, moved, start, length = inner
