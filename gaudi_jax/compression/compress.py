@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 from tqdm import tqdm
@@ -260,7 +260,7 @@ def _check_kernel(path: str, module: Any) -> None:
     kernel = module.kernel.get_value()
     if isinstance(kernel, jax.ShapeDtypeStruct):
         raise UserError(f"layer {path!r} holds shapes without values; give a model with values")
-    if not jnp.isfinite(kernel).all():
+    if not np.isfinite(np.asarray(kernel)).all():
         raise UserError(f"the kernel of layer {path!r} holds NaN or infinity; mend the model first")
 
 

@@ -150,6 +150,7 @@ def affordable(budget: float, dense: int) -> int:
     return math.floor(budget * dense * (1 + 1e-12))
 
 
+@jax.jit
 def relative_error(
     kernel: Float[Array, "in out"],
     approximation: Float[Array, "in out"],
