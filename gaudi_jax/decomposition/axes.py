@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from gaudi_jax.decomposition.windows import best_prefixes, best_windows, cell_energies, window_mask
 
-#: Bounds the anchors of a weighted axis: all together have this many rows, one a feature. More than
-#: 16 on 512 features make errors 1 % smaller, and the search as slow again by half.
-ANCHOR_ROWS = 2**13
-MAX_ANCHORS = 32
+#: Most anchors of a weighted axis. More than 16 on 512 features make errors 1 % smaller, and the
+#: search as slow again by half.
+MAX_ANCHORS, MAX_ANCHORS_WIDE, WIDE = 32, 16, 256
+#: Bounds them too: each takes n² floats.
+ANCHOR_FLOATS = 2**26
 #: Random windows cover between these fractions of an axis.
 SHORTEST, LONGEST = 0.03, 0.5
 
@@ -132,7 +133,8 @@ class WeightedAxis:
         """Factorises C (made positive definite by `regularise`) at evenly spaced anchors."""
         n = second_moment.shape[0]
         cell = n // cells
-        count = max(1, min(cells, MAX_ANCHORS, ANCHOR_ROWS // n))
+        most = MAX_ANCHORS if n <= WIDE else MAX_ANCHORS_WIDE
+        count = max(1, min(cells, most, ANCHOR_FLOATS // n**2))
         starts = (jnp.arange(count) * cells) // count
 
         def inverse(start):
