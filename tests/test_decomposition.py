@@ -296,8 +296,12 @@ def test_a_sweep_never_raises_the_goal(weighted):
         return float((rest * (moment @ rest)).sum() + cost)
 
     goals = [goal(empty)]
-    for _ in range(4):
-        error, blocks = sweep(error, blocks, count, price, axes)
+    for seek in (True, True, False, True):
+        before = blocks.start[0]
+        error, blocks = sweep(error, blocks, count, price, axes, seek_anchors=seek)
+        if weighted and not seek:
+            kept = blocks.live
+            np.testing.assert_array_equal(blocks.start[0][kept], before[kept])
         goals.append(goal(blocks))
         np.testing.assert_allclose(error, weighed_error(w, blocks, axes), atol=1e-3)
     assert goals[1] < goals[0]

@@ -29,7 +29,7 @@ AIM = 1.01
 #: where the last round added less than PLATEAU of the budget.
 FAST, SLOW, PLATEAU = 0.6, 0.85, 0.02
 #: Shares of the excess that remain after each stage of landing, and the refits that follow it
-#: (fewer where there are fewer rounds).
+#: at full effort.
 STAGES = ((0.66, 3), (0.33, 3), (0.0, 3), (0.0, 20))
 BISECTIONS = 20
 #: Share of the budget below which the search goes on, and landing shrinks single blocks instead.
@@ -41,6 +41,7 @@ def search(
     budget: Int[Array, ""],
     key: Array,
     axes: Axes,
+    effort: Array,
     begin: Blocks,
     rounds: Int[Array, ""],
     share: float | Array,
@@ -52,6 +53,7 @@ def search(
         budget: multiplications that the blocks may cost together.
         key: random key.
         axes: both axes.
+        effort: share, at most 1, of the refits that follow each stage of landing.
         begin: blocks to start from, those in use first; none of them for a search from nothing.
         rounds: of pursuit, sweeps and a new price.
         share: of the slots that one round may fill, `QUICK` or `CAREFUL`.
@@ -91,7 +93,7 @@ def search(
     first = jnp.where(started, _warm_price(begin, axes), _cold_price(kernel, budget, axes))
     state = (jnp.int32(0), begin, first, started, jnp.float32(0))
     _, blocks, *_ = lax.while_loop(unfinished, round_step, state)
-    return _land(kernel, budget, blocks, axes, jnp.minimum(1.0, rounds / ROUNDS))
+    return _land(kernel, budget, blocks, axes, effort)
 
 
 def svd_blocks(

@@ -5,6 +5,7 @@ cyclic window. One step refits one block's factor on one axis, values and window
 the other blocks leave: it cannot raise the goal of `axes.py`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -97,14 +98,12 @@ def sweep(
         The new error and blocks; blocks that are not worth their price are gone.
     """
     (s_in, s_out), (l_in, l_out) = blocks.start, blocks.length
-    how = move_windows, seek_anchors
-    error_t, v, u, s_in, l_in = _sweep_axis(
-        error.T, blocks.v, blocks.u, s_in, l_in, l_out, count, price, axes[::-1], how
+    refit = partial(_sweep_axis, move_windows=move_windows, seek_anchors=seek_anchors)
+    error_t, v, u, s_in, l_in = refit(
+        error.T, blocks.v, blocks.u, s_in, l_in, l_out, count, price, axes[::-1]
     )
     l_out = jnp.where(l_in == 0, 0, l_out)
-    error, u, v, s_out, l_out = _sweep_axis(
-        error_t.T, u, v, s_out, l_out, l_in, count, price, axes, how
-    )
+    error, u, v, s_out, l_out = refit(error_t.T, u, v, s_out, l_out, l_in, count, price, axes)
     l_in = jnp.where(l_out == 0, 0, l_in)
     return error, Blocks(v, u, jnp.stack([s_in, s_out]), jnp.stack([l_in, l_out]))
 
@@ -119,11 +118,12 @@ def _sweep_axis(
     count: Int[Array, ""],
     price: float | Array,
     axes: tuple[Axis, Axis],
-    how: tuple[bool, bool | Array],
+    *,
+    move_windows: bool,
+    seek_anchors: bool | Array,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """One pass over the blocks that refits the factor `moving` on the second of the axes."""
     fixed_axis, axis = axes
-    move_windows, seek_anchors = how
     slots, rank, _ = moving.shape
     per_chunk = max(1, CHUNK // rank)
     spare = -slots % per_chunk
