@@ -199,12 +199,11 @@ def _decompose(
         plain = PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1])
         axes = Axes(*plain)
         begin = Blocks.empty(min(n, m) // rank, rank, (n, m))
-        effort = jnp.minimum(1.0, rounds / ROUNDS)  # those of the caller, whatever a start gets
 
         def searched(axes: Axes, starts: Sequence[Start]) -> Blocks:
             # One after the other, but compiled once.
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
-            return lax.map(lambda start: search(kernel, goal, key, axes, effort, *start), stacked)
+            return lax.map(lambda start: search(kernel, goal, key, axes, *start), stacked)
 
         if second_moment is not None:
             moment, _ = _scaled(second_moment.astype(jnp.float32), jnp.trace(second_moment) / n)

@@ -28,10 +28,9 @@ AIM = 1.01
 #: Before the first overshoot the price falls by the second factor a round, and by the first one
 #: where the last round added less than PLATEAU of the budget.
 FAST, SLOW, PLATEAU = 0.6, 0.85, 0.02
-#: Shares of the excess that remain after each stage of landing, and the refits that follow it
-#: at full effort.
+#: Shares of the excess that remain after each stage of landing, and the refits that follow it.
 STAGES = ((0.66, 3), (0.33, 3), (0.0, 3), (0.0, 20))
-BISECTIONS = 20
+BISECTIONS = 16
 #: Share of the budget below which the search goes on, and landing shrinks single blocks instead.
 SPENT = 0.9
 
@@ -41,7 +40,6 @@ def search(
     budget: Int[Array, ""],
     key: Array,
     axes: Axes,
-    effort: Array,
     begin: Blocks,
     rounds: Int[Array, ""],
     share: float | Array,
@@ -53,7 +51,6 @@ def search(
         budget: multiplications that the blocks may cost together.
         key: random key.
         axes: both axes.
-        effort: share, at most 1, of the refits that follow each stage of landing.
         begin: blocks to start from, those in use first; none of them for a search from nothing.
         rounds: of pursuit, sweeps and a new price.
         share: of the slots that one round may fill, `QUICK` or `CAREFUL`.
@@ -93,7 +90,7 @@ def search(
     first = jnp.where(started, _warm_price(begin, axes), _cold_price(kernel, budget, axes))
     state = (jnp.int32(0), begin, first, started, jnp.float32(0))
     _, blocks, *_ = lax.while_loop(unfinished, round_step, state)
-    return _land(kernel, budget, blocks, axes, effort)
+    return _land(kernel, budget, blocks, axes)
 
 
 def svd_blocks(
@@ -155,14 +152,12 @@ def _energies(blocks: Blocks, axes: Axes) -> tuple[Array, Array]:
     return axes.input.own_energies(v, blocks.start[0]), axes.output.own_energies(u, blocks.start[1])
 
 
-def _land(
-    kernel: Float[Array, "in out"], budget: Array, blocks: Blocks, axes: Axes, effort: Array
-) -> Blocks:
+def _land(kernel: Float[Array, "in out"], budget: Array, blocks: Blocks, axes: Axes) -> Blocks:
     """Takes off what exceeds the budget, in stages with refits between them."""
     rank = blocks.v.shape[1]
     excess = jnp.maximum(axes.multiplications(blocks.length, rank) - budget, 0)
     shares = jnp.array([share for share, _ in STAGES])
-    refits = jnp.ceil(effort * jnp.array([refits for _, refits in STAGES])).astype(jnp.int32)
+    refits = jnp.array([refits for _, refits in STAGES])
 
     def stage(i, blocks):
         goal = budget + (shares[i] * excess).astype(jnp.int32)
