@@ -19,10 +19,12 @@ from tabulate import tabulate
 from tasks import Task, checked
 from tradeoff import latency
 
-#: Configs that fine-tune each task, and the steps that they take.
+from gaudi_jax.training.workdir import read_config
+
+#: Configs that fine-tune each task.
 FINETUNE = {
-    "digits": ("digits_vit_gaudi_finetune.py:", 1500),
-    "shakespeare": ("shakespeare_gpt_finetune.py:size=cpu,text={text},", 1000),
+    "digits": "digits_vit_gaudi_finetune.py:",
+    "shakespeare": "shakespeare_gpt_finetune.py:size=cpu,text={text},",
 }
 #: Share of the steps for which blocks that were found anew are trained on.
 SHORT = 1 / 4
@@ -40,7 +42,6 @@ FINISHED = Table(RESULTS / "regroup.csv", COLUMNS)
 
 def run(name: str, task: Task, text: str, budget: float, seed: int) -> Row:
     row: Row = {"task": name, "budget": budget, "seed": seed}
-    config, steps = FINETUNE[name]
     seeded = (*task.options, f"--config.seed={seed}")
 
     def finetune(form: str, start: str, *options: str, then: Then = lambda _: None) -> None:
@@ -53,7 +54,7 @@ def run(name: str, task: Task, text: str, budget: float, seed: int) -> Row:
 
         grid = "" if form == "anywhere" else f",granularity={task.width // 8}"
         summary = train(
-            f"{config.format(text=text)}dense={start},budget={budget}{grid}",
+            f"{FINETUNE[name].format(text=text)}dense={start},budget={budget}{grid}",
             (*seeded, *options),
             environment=task.environment,
             measure=measured,
@@ -63,9 +64,12 @@ def run(name: str, task: Task, text: str, budget: float, seed: int) -> Row:
         row.update({f"{form}_{measure}": summary[measure] for measure in MEASURES})
         row.update({key: summary[key] for key in ("commit", "jax", "date")})
 
+    def find_anew(workdir: str) -> None:
+        steps = round(SHORT * read_config(workdir)["train"]["steps"])
+        finetune("anew", workdir, f"--config.train.steps={steps}")
+
     def from_dense(workdir: str) -> Row:
-        short = f"--config.train.steps={round(SHORT * steps)}"
-        finetune("anywhere", workdir, then=lambda fine: finetune("anew", fine, short))
+        finetune("anywhere", workdir, then=find_anew)
         finetune("grid", workdir)
         return {}
 

@@ -284,9 +284,8 @@ def test_errors_of_kernels_are_those_of_the_layers(errors_of):
     matrix = rng.normal(size=(32, 2)) @ rng.normal(size=(2, 16))
     methods = "low-rank", "Monarch, 2", "block-sparse, 32", "Gaudi, grid"
     rows = errors_of(methods, M=matrix, budget=4 * 48 + 4)
-    # 32 parts do not divide 16 inputs; two of Gaudi's blocks are enough, but it may take more.
-    assert rows[0][:5] == ["matrix", "0.383", "0.000 (0.98)", "0.000 (0.98)", "–"]
-    assert rows[0][5].startswith("0.000 (0.")
+    # 32 parts do not divide 16 inputs; two of Gaudi's blocks are enough.
+    assert rows == [["matrix", "0.383", "0.000 (0.98)", "0.000 (0.98)", "–", "0.000 (0.49)"]]
     energies = np.linalg.svd(matrix, compute_uv=False) ** 2
     error = np.sqrt(energies[1] / energies.sum())
     # It buys one column, and less than one in every block.

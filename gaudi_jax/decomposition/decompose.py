@@ -26,6 +26,8 @@ LARGE_KERNEL = 2**18
 LARGE_AXIS = 1024
 LARGE_AXIS_ROUNDS = 1 / 10
 
+#: Share of a kernel's energy that an exact result may miss.
+ROUNDING = 1e-11
 #: What a search begins with: blocks, rounds, share of the slots that one round may fill.
 Start = tuple[Blocks, Array, float]
 
@@ -227,10 +229,18 @@ def _decompose(
 
 
 def _best(kernel: Array, axes: Axes, found: Blocks) -> Blocks:
-    """The one with the smallest error of several results, stacked on a first axis."""
+    """The one with the smallest error of several results, stacked on a first axis.
+
+    Of those that are exact but for rounding, the one that costs least.
+    """
     errors = lax.map(lambda blocks: squared_error(kernel, blocks, axes), found)
     errors = jnp.where(jnp.isnan(errors), jnp.inf, errors)
-    return jax.tree.map(lambda leaf: leaf[jnp.argmin(errors)], found)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), found)
+    exact = errors <= ROUNDING * squared_error(kernel, nothing, axes)
+    rank = found.v.shape[2]
+    costs = lax.map(lambda blocks: axes.multiplications(blocks.length, rank), found)
+    best = jnp.lexsort((costs, jnp.where(exact, 0, errors)))[0]
+    return jax.tree.map(lambda leaf: leaf[best], found)
 
 
 def _scaled(matrix: Array, size: Array) -> tuple[Array, Array]:
