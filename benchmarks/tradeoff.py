@@ -5,8 +5,8 @@
         [--seeds 3]
     python benchmarks/tradeoff.py --quick
 
-All methods share one recipe: dense layers for half of the steps; then these are compressed under a
-budget, shared out over the layers where the method can; then their factors are trained on. Trains
+All methods share one recipe: dense layers for three tenths of the steps; then these are compressed
+under a budget, shared out over the layers where the method can; then their factors are trained on. Trains
 every combination through ``main.py``, two runs at a time with one core each (on a GPU, the tasks of
 its size, one at a time), and measures there what the deployed form takes beside a dense one
 (``benchmarks/latency.py``), while the other run stands still. Finished runs are kept in
@@ -66,7 +66,6 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     argument, options = METHODS[method]
     if method != "dense":
         argument = f"{argument},recipe=search,budget={budget}"
-        options = (*options, f"--config.compress.stages=((0.5,{budget}),)")
     filled = [option.format(grid=task.width // 8) for option in options]
     summary = train(
         task.config + argument,
