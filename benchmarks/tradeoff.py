@@ -6,10 +6,10 @@
     python benchmarks/tradeoff.py --quick
 
 All methods share one recipe: dense layers for three tenths of the steps; then these are compressed
-under a budget, shared out over the layers where the method can; then their factors are trained on. Trains
-every combination through ``main.py``, two runs at a time with one core each (on a GPU, the tasks of
-its size, one at a time), and measures there what the deployed form takes beside a dense one
-(``benchmarks/latency.py``), while the other run stands still. Finished runs are kept in
+under a budget, shared out over the layers where the method can; then their factors are trained on.
+Trains every combination through ``main.py``, two runs at a time with one core each (on a GPU, the
+tasks of its size, one at a time), and measures there what the deployed form takes beside a dense
+one (``benchmarks/latency.py``), while the other run stands still. Finished runs are kept in
 ``benchmarks/results/tradeoff.csv`` and not repeated. Choices are made on the validation split; the
 test split is read once, at the end of a run. Prints two tables for each task and draws
 ``benchmarks/results/tradeoff-TASK.png``. ``--quick`` trains one seed on digits for 300 steps, and

@@ -143,6 +143,23 @@ def test_a_bare_layer_is_a_model():
     assert type(dense) is nnx.Linear
 
 
+def test_an_accelerator_searches_layers_of_one_shape_together(encoder, monkeypatch):
+    def plan(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        batches = (tokens(seed) for seed in range(2))
+        options = {"calibration": batches, "rounds": 20, "progress": False}
+        return gaudi_jax.compress(encoder, 0.5, rules=[SKIP_HEAD, ALL_OTHERS], **options).plan
+
+    alone, together = plan("cpu")["layers"], plan("gpu")["layers"]
+    assert list(together) == list(alone)
+    for path, entry in together.items():
+        if entry["method"] == "gaudi":
+            # Batched products are summed in another order, so that the search may end elsewhere.
+            error = alone[path]["activation_error"]
+            assert entry["activation_error"] == pytest.approx(error, rel=0.05)
+            assert entry["multiplications"] <= 0.5 * entry["dense_multiplications"]
+
+
 def test_a_compressed_model_trains(compressed):
     model = nnx.clone(compressed.model)
     model.eval()

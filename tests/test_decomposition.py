@@ -162,9 +162,10 @@ def test_planted_aligned_blocks_are_found():
 
 def test_deterministic_and_batched():
     stack = jnp.stack([kernel(0), kernel(1)])
-    together = decompose(stack, 0.5, rounds=ROUNDS)
+    budgets = np.array([0.5, 0.3])
+    together = decompose(stack, budgets, rounds=ROUNDS)
     for i in range(2):
-        alone, again = (decompose(stack[i], 0.5, rounds=ROUNDS) for _ in range(2))
+        alone, again = (decompose(stack[i], budgets[i], rounds=ROUNDS) for _ in range(2))
         for x, y in zip(alone, again, strict=True):
             np.testing.assert_array_equal(x, y)
         # Batched products are summed in another order, so that the search may end elsewhere.
@@ -172,7 +173,8 @@ def test_deterministic_and_batched():
             float(relative_error(stack[i], k)) for k in (alone.kernel(), together.kernel()[i])
         ]
         assert errors[1] == pytest.approx(errors[0], rel=0.05)
-    assert (together.multiplications() <= 0.5 * kernel().size).all()
+    assert (together.multiplications() <= budgets * kernel().size).all()
+    assert (together.multiplications() > 0.95 * budgets * kernel().size).all()
 
 
 @pytest.mark.parametrize("w", [jnp.zeros(SHAPE), jnp.ones(SHAPE)])
@@ -324,6 +326,7 @@ def test_a_sweep_never_raises_the_goal(weighted):
         ({"rank": 25}, "rank=25"),
         ({"rounds": 0}, "rounds=0"),
         ({"kernel": jnp.ones(3)}, "no matrix"),
+        ({"budget": [0.5, 0.3]}, r"budget of shape \(2,\)"),
         ({"second_moment": -jnp.eye(32)}, "no E"),
         ({"second_moment": jnp.eye(32).at[0, 1].set(1.0)}, "not symmetric"),
         ({"kernel": kernel() * 1j}, "must be real"),

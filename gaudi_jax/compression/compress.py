@@ -1,5 +1,6 @@
 """Compression of a trained network: from dense layers to structured ones under a budget."""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from gaudi_jax.compression.allocation import share_out
 from gaudi_jax.compression.calibration import Moments, calibrate
-from gaudi_jax.compression.layer import Layer, Solution
+from gaudi_jax.compression.layer import Layer, Solution, search_blocks
 from gaudi_jax.compression.plan import Plan, make_plan, plan_table
 from gaudi_jax.compression.rules import Choice, Method, Rule, as_rules, choose
 from gaudi_jax.compression.surgery import find_dense, matrix_shape
@@ -21,6 +22,9 @@ from gaudi_jax.decomposition.decompose import ROUNDS, affordable
 from gaudi_jax.errors import UserError
 
 Allocation = Literal["uniform", "global"]
+#: Most layers whose blocks an accelerator searches at once, and entries of their second moments,
+#: of which a search keeps some dozen times as many.
+TOGETHER, TOGETHER_ENTRIES = 8, 2**25
 
 
 class Compressed(NamedTuple):
@@ -157,11 +161,14 @@ def _solve(
     key: Array | None,
     progress: bool,
 ) -> dict[str, Solution]:
-    """Decomposes all layers, one after the other.
+    """Decomposes all layers: on a CPU one after the other, elsewhere some at a time.
 
-    Two at once are no faster on two cores, and wait for each other for ever: XLA's linear algebra
-    on CPUs runs in the threads of the pool whose threads it waits for.
+    A search is a long row of small operations. An accelerator starts one for many kernels in the
+    time of one, and a CPU gains nothing: two searches at once are no faster on two cores. (They
+    wait for each other for ever, too: XLA's linear algebra on CPUs runs in the threads of the pool
+    whose threads it waits for.)
     """
+    together = 1 if jax.default_backend() == "cpu" else TOGETHER
     weights = {path: math.prod(layer.shape) for path, layer in layers.items()}
     solutions: dict[str, Solution] = {}
     with tqdm(
@@ -169,11 +176,30 @@ def _solve(
         disable=not progress,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
     ) as bar:
-        for number, (path, layer) in enumerate(layers.items(), 1):
-            bar.set_description_str(f"compress {number}/{len(layers)} {path}")
-            solutions[path] = layer.solve(costs[path], rounds, key)
-            bar.update(weights[path])
-    return solutions
+        for paths in _alike(layers, together):
+            bar.set_description_str(f"compress {len(solutions) + 1}/{len(layers)} {paths[0]}")
+            searched = layers[paths[0]].choice.method in ("gaudi", "best")
+            found = [None] * len(paths)
+            if searched:
+                chosen = [layers[path] for path in paths]
+                found = search_blocks(chosen, [costs[path] for path in paths], rounds, key)
+            for path, factors in zip(paths, found, strict=True):
+                solutions[path] = layers[path].solve(costs[path], factors)
+                bar.update(weights[path])
+    return {path: solutions[path] for path in layers}
+
+
+def _alike(layers: Mapping[str, Layer], most: int) -> list[list[str]]:
+    """Paths of layers that can be searched together, at most so many each."""
+    groups: dict[Any, list[str]] = {}
+    for path, layer in layers.items():
+        choice = dataclasses.replace(layer.choice, budget=None)
+        groups.setdefault((layer.shape, choice), []).append(path)
+    parts = []
+    for ((n, _), _), paths in groups.items():
+        size = max(1, min(most, TOGETHER_ENTRIES // n**2))
+        parts += [paths[i : i + size] for i in range(0, len(paths), size)]
+    return parts
 
 
 class Chosen(NamedTuple):

@@ -1,6 +1,8 @@
 """One dense layer on its way to a structured one."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -36,6 +38,10 @@ class Layer:
         self.shape = matrix_shape(module)
         self._moments = moments
 
+    def problem(self) -> tuple[Float[Array, "in out"], Float[Array, "in in"] | None]:
+        """Its kernel, and the second moment of its inputs where that is known."""
+        return self._kernel(), self._second_moment()
+
     def _kernel(self) -> Float[Array, "in out"]:
         # On one device, whatever the sharding: the search is no distributed computation.
         kernel = jax.device_get(self.module.kernel.get_value())
@@ -66,20 +72,19 @@ class Layer:
         return Curve(shares, step, floor, cap=max(n * m, uniform), whole=whole)
 
     @jax.default_matmul_precision("highest")
-    def solve(self, cost: int, rounds: int, key: Array | None) -> Solution:
+    def solve(self, cost: int, found: Factors | None) -> Solution:
         """Finds the values of a structured layer, and lets go of the moments.
 
         Args:
             cost: multiplications that it may cost.
-            rounds: effort of the search.
-            key: its random key.
+            found: what `search_blocks` has found for it.
         """
-        kernel, moment = self._kernel(), self._second_moment()
+        kernel, moment = self.problem()
         candidates = []
         if self.choice.method in GRID_LAYERS:
             candidates.append(self._on_grid(kernel, moment, cost))
-        if self.choice.method in ("gaudi", "best"):
-            candidates.append(self._gaudi(kernel, moment, cost, rounds, key))
+        if found is not None:
+            candidates.append(self._gaudi(found))
         affordable = cost >= min(sum(self.shape), math.prod(self.shape))
         if self.choice.method in ("low_rank", "best") and affordable:
             candidates.append(self._low_rank(kernel, moment, cost))
@@ -106,25 +111,14 @@ class Layer:
         fill(layer, values, self.module)
         install(layer, self.module)
 
-    def _gaudi(self, kernel, moment, cost, rounds, key) -> Candidate:
-        n, m = self.shape
-        rank, granularity = self.choice.rank, self.choice.granularity
-        # Half a multiplication more, lest rounding loses a whole one.
-        factors = decompose(
-            kernel,
-            (cost + 0.5) / (n * m),
-            rank=rank,
-            granularity=granularity,
-            second_moment=moment,
-            rounds=rounds,
-            key=key,
-        )
-        multiplications = int(factors.multiplications())
+    def _gaudi(self, found: Factors) -> Candidate:
+        multiplications = int(found.multiplications())
         # On the host, where a new number of blocks compiles nothing.
-        v, u, widths, locations = jax.device_get(factors)
+        v, u, widths, locations = jax.device_get(found)
         blocks = max(1, int((widths > 0).all(axis=0).sum()))
         used = Factors(v[:blocks], u[:blocks], widths[:, :blocks], locations[:, :blocks])
         values = {name: self._rounded(name, value) for name, value in used._asdict().items()}
+        rank, granularity = self.choice.rank, self.choice.granularity
         entry = self._entry("gaudi", rank, multiplications, blocks, list(granularity))
         values["sigma"] = np.array(math.inf, np.float32)
         return entry, values, _product(values["v"], values["u"])
@@ -176,6 +170,32 @@ class Layer:
             "multiplications": multiplications,
             "dense_multiplications": math.prod(self.shape),
         }
+
+
+@jax.default_matmul_precision("highest")
+def search_blocks(
+    layers: Sequence[Layer], costs: Sequence[int], rounds: int, key: Array | None
+) -> list[Factors]:
+    """Searches the blocks of layers of one shape that become the same, in one program.
+
+    Args:
+        layers: the layers.
+        costs: multiplications that each may cost.
+        rounds: effort of the searches.
+        key: their random key.
+    """
+    # Half a multiplication more, lest rounding loses a whole one.
+    budgets = (np.array(costs) + 0.5) / math.prod(layers[0].shape)
+    kernels, moments = zip(*(layer.problem() for layer in layers), strict=True)
+    rank, granularity = layers[0].choice.rank, layers[0].choice.granularity
+    search = functools.partial(
+        decompose, rank=rank, granularity=granularity, rounds=rounds, key=key
+    )
+    if len(layers) == 1:
+        return [search(kernels[0], budgets[0], second_moment=moments[0])]
+    moment = None if moments[0] is None else jnp.stack(moments)
+    found = search(jnp.stack(kernels), budgets, second_moment=moment)
+    return [Factors(*parts) for parts in zip(*found, strict=True)]
 
 
 def _product(v: np.ndarray, u: np.ndarray) -> Array:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class Factors(NamedTuple):
 
 def decompose(
     kernel: Float[Array, "*batch in out"],
-    budget: float,
+    budget: float | Float[np.ndarray, "*batch"],
     *,
     rank: int = 1,
     granularity: int | tuple[int, int] = 1,
@@ -85,7 +85,8 @@ def decompose(
 
     Args:
         kernel: dense kernel, shape (..., in, out).
-        budget: multiplications as a fraction of in·out; above 1 is allowed.
+        budget: multiplications as a fraction of in·out; above 1 is allowed. Of stacked kernels one
+            for all, or an array of shape (...) with each kernel's own.
         rank: columns of each block.
         granularity: grid cell of the intervals in features: a number, or a pair (input, output).
             Each divides its axis.
@@ -116,7 +117,8 @@ def decompose(
     """
     kernel = kernel if hasattr(kernel, "shape") else jnp.asarray(kernel)
     *batch, n, m = _check_matrices("kernel", kernel)
-    cell = _check_structure(n, m, budget, rank, granularity, rounds)
+    budgets = np.broadcast_to(_check_budgets(budget, batch), batch)
+    cell = _check_structure(n, m, budgets.min(), rank, granularity, rounds)
     if second_moment is not None:
         wanted = (*batch, n, n)
         if _check_matrices("second_moment", second_moment, symmetric=True) != wanted:
@@ -128,17 +130,13 @@ def decompose(
     paces = (QUICK, CAREFUL) if thorough else (QUICK,)
     run = functools.partial(_decompose, rank=rank, cell=cell, paces=paces)
     key = jax.random.key(0) if key is None else key
-    goal = min(affordable(budget, n * m), jnp.iinfo(jnp.int32).max)
-    steer = jnp.int32(goal), jnp.int32(rounds), key
-    if second_moment is None:
-        one = lambda kernel: run(kernel, None, *steer)  # noqa: E731
-        for _ in batch:
-            one = jax.vmap(one)
-        return one(kernel)
-    both = lambda kernel, moment: run(kernel, moment, *steer)  # noqa: E731
-    for _ in batch:
-        both = jax.vmap(both)
-    return both(kernel, second_moment)
+    most = jnp.iinfo(jnp.int32).max
+    goals = [min(affordable(budget, n * m), most) for budget in budgets.flat]
+    each = jnp.array(goals, jnp.int32).reshape(batch)
+    one = lambda kernel, moment, goal: run(kernel, moment, goal, jnp.int32(rounds), key)  # noqa: E731
+    for _ in batch:  # the moment may be None, which has nothing to map over
+        one = jax.vmap(one)
+    return one(kernel, second_moment, each)
 
 
 def affordable(budget: float, dense: int) -> int:
@@ -280,6 +278,17 @@ def _check_matrices(name: str, matrices: Array, *, symmetric: bool = False) -> t
                 f"{name} of shape {shape} is no E[x xᵀ]: it is not symmetric, or negative"
             )
     return shape
+
+
+def _check_budgets(budget: Any, batch: list[int]) -> np.ndarray:
+    """One for all kernels, or one for each."""
+    budgets = np.asarray(budget, float)
+    if budgets.shape not in ((), tuple(batch)):
+        raise UserError(
+            f"budget of shape {budgets.shape} does not fit kernels stacked as {tuple(batch)}; give "
+            "one number, or one for each"
+        )
+    return budgets
 
 
 def _check_structure(
