@@ -19,7 +19,7 @@ from learning import GRADIENTS, VARIANT, methods
 from runs import RESULTS, Row, Table, block_cost, run_all, train
 from tables import differences, with_error
 from tabulate import tabulate
-from tasks import tasks
+from tasks import check_patterns, tasks
 
 BUDGET = 0.125
 PARTS = ("attention", "mlp")
@@ -149,12 +149,14 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
+    names = {key: ": ".join(key) for key in variants()}
+    check_patterns(parser, args.methods, names.values())
     done = {(row["group"], row["variant"], int(row["seed"])) for row in FINISHED.rows()}
     jobs = [
         (group, variant, seed)
         for seed in range(args.seeds)
-        for group, variant in variants()
-        if any(re.search(pattern, f"{group}: {variant}") for pattern in args.methods)
+        for (group, variant), name in names.items()
+        if any(re.search(pattern, name) for pattern in args.methods)
         and (group, variant, seed) not in done
     ]
     run_all(jobs, run, FINISHED)

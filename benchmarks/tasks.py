@@ -114,14 +114,21 @@ def checked(
         (images / split).is_dir() for split in ("train", "test")
     ):
         parser.error(f"no images in {images}/train and test; give --images PATH, or --tasks")
-    for pattern in args.methods:
+    check_patterns(parser, args.methods, methods)
+    return tasks(str(text), str(images))
+
+
+def check_patterns(
+    parser: argparse.ArgumentParser, patterns: Sequence[str], methods: Collection[str]
+) -> None:
+    """Ends with one sentence where a regular expression is none, or matches nothing."""
+    for pattern in patterns:
         try:
             found = any(re.search(pattern, method) for method in methods)
         except re.error as error:
             parser.error(f"--methods {pattern!r} is no regular expression: {error}")
         if not found:
             parser.error(f"--methods {pattern!r} matches none of: {'; '.join(methods)}")
-    return tasks(str(text), str(images))
 
 
 def at_once(known: Mapping[str, Task], names: Sequence[str]) -> int:

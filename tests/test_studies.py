@@ -125,6 +125,14 @@ def test_each_group_of_ablations_has_a_run_in_which_nothing_is_changed(study):
         assert sum(name.startswith(ablation.USUAL) for name in names) == 1, group
 
 
+def test_ablations_are_chosen_by_patterns_that_match(study, monkeypatch, capsys):
+    for pattern, message in {"(": "no regular expression", "rank 5": "matches none of"}.items():
+        monkeypatch.setattr(sys, "argv", ["ablation", "--methods", pattern])
+        with pytest.raises(SystemExit):
+            study("ablation").main()
+        assert message in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- benchmarks/tradeoff.py
 
 
@@ -258,6 +266,49 @@ def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
     job = "digits", task, matched, 0.125, 1, []
     with pytest.raises(SystemExit, match=f"^RunError: {re.escape(sentence)}$"):
         learning.run_all([job], learning.run, learning.FINISHED)
+
+
+# ---------------------------------------------------------------- benchmarks/regroup.py
+
+
+def test_blocks_are_found_anew_in_the_fine_tuned_model(study, tmp_path, monkeypatch):
+    regroup = study("regroup")
+    trainings = []
+
+    def train(config, options, *, environment, measure):
+        number = len(trainings)
+        trainings.append((config, options))
+        workdir = tmp_path / f"{number}"
+        workdir.mkdir()
+        (workdir / "config.json").write_text(json.dumps({"train": {"steps": 1500}}))
+        losses = dict.fromkeys(("validation_loss", "test_loss_hard"), float(number))
+        summary = losses | {"compressed_test_loss": 10.0 + number, "commit": "", "jax": ""}
+        return summary | {"date": ""} | measure(str(workdir))
+
+    monkeypatch.setattr(regroup, "train", train)
+    times = {"dense_ms": 4.0, "deployed_ms": 2.0}
+    monkeypatch.setattr(regroup, "latency", lambda workdir, environment: times)
+    task = study("tasks").tasks("")["digits"]
+    row = regroup.run("digits", task, "", 0.25, 1)
+    fine = "digits_vit_gaudi_finetune.py:dense="
+    assert [config for config, _ in trainings] == [
+        "digits_vit_gaudi.py:layer=dense",
+        f"{fine}{tmp_path}/0,budget=0.25",
+        f"{fine}{tmp_path}/1,budget=0.25,granularity=12",  # for a quarter of the steps
+        f"{fine}{tmp_path}/0,budget=0.25,granularity=12",
+    ]
+    short = "--config.train.steps=375"
+    assert [short in options for _, options in trainings] == [False, False, True, False]
+    assert all("--config.seed=1" in options for _, options in trainings)
+    losses = {name: value for name, value in row.items() if name.endswith("loss")}
+    assert losses == {"dense_test_loss": 0.0} | {
+        f"{form}_{name}": number + more
+        for number, form in enumerate(("anywhere", "anew", "grid"), 1)
+        for name, more in {"start_loss": 10.0, "validation_loss": 0.0, "test_loss": 0.0}.items()
+    }
+    assert row["anew_time"] == 0.5
+    rows = cells_of(regroup.table([{name: str(value) for name, value in row.items()}]))
+    assert rows[1] == ["found anew on the grid", "0.25", "1", "12", "2", "2", "0.5"]
 
 
 # ---------------------------------------------------------------- benchmarks/kernels.py
