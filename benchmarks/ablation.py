@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 
 from learning import GRADIENTS, VARIANT, methods
-from runs import RESULTS, Row, Table, block_cost, run_all, train
+from runs import RESULTS, Row, Table, block_cost, end_with, run_all, train
 from tables import differences, with_error
 from tabulate import tabulate
 from tasks import check_patterns, tasks
@@ -159,8 +159,9 @@ def main() -> None:
         if any(re.search(pattern, name) for pattern in args.methods)
         and (group, variant, seed) not in done
     ]
-    run_all(jobs, run, FINISHED)
+    failures = run_all(jobs, run, FINISHED)
     print(table(FINISHED.rows()))
+    end_with(failures)
 
 
 if __name__ == "__main__":

@@ -379,9 +379,9 @@ def main() -> None:
         made = {"layers": layers, "curve": curve, "vit": vit, "gpt2": gpt2}[part](args)
         same = {"part": part, "dtype": args.dtype, "granularity": args.granularity}
         rows.extend(same | row for row in made)
+    check(rows, args.dtype)
     if args.keep:
         keep(rows)
-    check(rows, args.dtype)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ def main() -> None:
     rows += model_rows(model, task, x[: args.batch], args.repeats)
     if args.decode:
         rows += decoding_rows(cast(GPT2, model), x[:1], args.repeats)
+    check(rows, dtype)
     if args.keep:
         keep([row | {"part": args.workdir.name, "dtype": dtype} for row in rows])
-    check(rows, dtype)
 
 
 def layer_rows(model: nnx.Module, tokens: dict[str, int], repeats: int) -> list[Row]:

@@ -10,7 +10,7 @@ file and not repeated. Choices were made on the validation split; the test split
 import argparse
 
 import numpy as np
-from runs import RESULTS, Row, Table, run_all, train
+from runs import RESULTS, Row, Table, end_with, run_all, train
 from tabulate import tabulate
 
 VARIANTS = {
@@ -78,8 +78,9 @@ def main() -> None:
     args = parser.parse_args()
     done = {(row["variant"], int(row["seed"])) for row in FINISHED.rows()}
     jobs = [(v, s) for s in range(args.seeds) for v in args.variants if (v, s) not in done]
-    run_all(jobs, run, FINISHED)
+    failures = run_all(jobs, run, FINISHED)
     print(table(FINISHED.rows()))
+    end_with(failures)
 
 
 if __name__ == "__main__":

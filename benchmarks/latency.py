@@ -9,6 +9,7 @@ Both forms of the model run in turn in one process, warm; medians.
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from gaudi_jax.compression import densify
 from gaudi_jax.compression.surgery import become
 from gaudi_jax.deploy.harden import tokens_of
 from gaudi_jax.deploy.timing import Running, copies_out_of_cache, interleaved_medians
+from gaudi_jax.errors import exit_status
 from gaudi_jax.layers import PackedLinear, StructuredLinear
 from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.workdir import read_config
@@ -32,6 +34,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
+    if args.batch < 1 or args.repeats < 1:
+        parser.error("--batch and --repeats must be at least 1")
+    if status := exit_status(lambda: measure(args)):
+        raise SystemExit(status)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Prints the times."""
     model = gaudi_jax.load(args.workdir)
     example = open_task(ConfigDict(read_config(args.workdir))).example
     x = jnp.zeros((args.batch, *example.shape[1:]), example.dtype)
@@ -45,7 +55,9 @@ def fastest(model: nnx.Module, tokens: dict[str, int], repeats: int) -> nnx.Modu
     """A model whose structured layers have the forms that are fastest here."""
     result = nnx.clone(model)
     if any(isinstance(module, GaudiLinear) for _, module in nnx.iter_modules(model)):
-        result = gaudi_jax.harden(model, tokens=tokens, autotune=True).model
+        # What another process measured is not used: all kinds of layers choose anew.
+        with tempfile.TemporaryDirectory() as folder:
+            result = gaudi_jax.harden(model, tokens=tokens, autotune=True, cache_dir=folder).model
     for path, layer in list(nnx.iter_modules(result)):
         if isinstance(layer, StructuredLinear) and not isinstance(layer, PackedLinear):
             vectors = tokens["/".join(map(str, path))]

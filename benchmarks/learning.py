@@ -27,7 +27,17 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from runs import RESULTS, Row, RunError, Table, block_cost, layer_costs, run_all, train
+from runs import (
+    RESULTS,
+    Row,
+    RunError,
+    Table,
+    block_cost,
+    end_with,
+    layer_costs,
+    run_all,
+    train,
+)
 from tables import differences, standard_error, with_error
 from tabulate import tabulate
 from tasks import Task, at_once, checked, tasks
@@ -318,9 +328,10 @@ def main() -> None:
         and not (method == "dense" and number)
     ]
     # The Gaudi runs come first: the matched ones need their costs.
+    failures = []
     for matched in (False, True):
         chosen = [job for job in jobs if job[2].startswith(MATCHED) == matched]
-        run_all(chosen, run, FINISHED, at_once=at_once(known, args.tasks))
+        failures += run_all(chosen, run, FINISHED, at_once=at_once(known, args.tasks))
     for name in args.tasks:
         rows = [row for row in FINISHED.rows() if row["task"] == name]
         if rows:
@@ -328,6 +339,7 @@ def main() -> None:
             print(f"\n{layers_table(rows)}")
             if not args.quick:
                 plot(rows, name, known[name].measure)
+    end_with(failures)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ finished rows are kept in ``benchmarks/results/regroup.csv`` and not repeated.
 import argparse
 from collections.abc import Callable, Sequence
 
-from runs import RESULTS, ROOT, Row, Table, run_all, train
+from runs import RESULTS, ROOT, Row, Table, end_with, run_all, train
 from tables import with_error
 from tabulate import tabulate
 from tasks import Task, checked
@@ -116,11 +116,12 @@ def main() -> None:
         for budget in args.budgets
         if (name, budget, seed) not in done
     ]
-    run_all(jobs, run, FINISHED)
+    failures = run_all(jobs, run, FINISHED)
     for name in args.tasks:
         rows = [row for row in FINISHED.rows() if row["task"] == name]
         if rows:
             print(f"\n{name}\n\n{table(rows)}")
+    end_with(failures)
 
 
 if __name__ == "__main__":

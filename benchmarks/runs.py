@@ -187,12 +187,13 @@ class Table:
 
 def run_all(
     jobs: Sequence[Any], function: Callable[..., Row], table: Table, *, at_once: int = 2
-) -> None:
+) -> list[str]:
     """Runs some jobs at a time, and keeps each row as soon as it is there.
 
-    The others go on after one that fails, which is told at the end.
+    Returns:
+        What failed; the other jobs go on after one that does.
     """
-    failures = []
+    failures: list[str] = []
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), unit="run") as bar:
         try:
             for done in as_completed([pool.submit(function, *job) for job in jobs]):
@@ -204,5 +205,10 @@ def run_all(
         except BaseException:  # such as an interrupt
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return failures
+
+
+def end_with(failures: Sequence[str]) -> None:
+    """Ends a study: where jobs failed, with their messages and status 1."""
     if failures:
         raise SystemExit("\n".join(failures))

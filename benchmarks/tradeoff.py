@@ -30,16 +30,29 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from runs import RESULTS, ROOT, Row, Table, alone, block_cost, failed, run_all, train
+from runs import (
+    RESULTS,
+    ROOT,
+    Row,
+    Table,
+    alone,
+    block_cost,
+    end_with,
+    failed,
+    run_all,
+    train,
+)
 from tables import differences, standard_error, verdict, with_error
 from tabulate import tabulate
 from tasks import Task, at_once, checked, tasks
 
 COLUMNS = (
-    *("task", "method", "budget", "seed", "seconds"),
+    *("task", "method", "budget", "share", "seed", "seconds"),
     *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"),
     *("cost", "dense_ms", "deployed_ms", "commit", "jax", "date"),
 )
+#: Of the steps, after which dense layers are compressed; rows of another are not of this study.
+SHARE = 0.3
 #: Processes that measure the time of one model: single ones are now and then twice as slow.
 PROCESSES = 3
 #: The C library keeps large outputs, instead of mapping them anew, page by page, at every call.
@@ -66,6 +79,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     argument, options = METHODS[method]
     if method != "dense":
         argument = f"{argument},recipe=search,budget={budget}"
+        options = (*options, f"--config.compress.stages=(({SHARE},{budget}),)")
     filled = [option.format(grid=task.width // 8) for option in options]
     summary = train(
         task.config + argument,
@@ -77,6 +91,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
         "task": name,
         "method": method,
         "budget": budget,
+        "share": "" if method == "dense" else SHARE,
         "seed": seed,
         "test_loss": summary["test_loss_hard"],
         "test_accuracy": summary.get("test_accuracy_hard", ""),
@@ -85,7 +100,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
 
 
 def latency(workdir: str, environment: Mapping[str, str]) -> Row:
-    """What `benchmarks/latency.py` measures: medians over several processes."""
+    """What `benchmarks/latency.py` measures in the middle one of several processes."""
     command = [sys.executable, "benchmarks/latency.py", workdir]
     measured, variables = [], {**os.environ, **KEEP_MEMORY, **environment}
     with alone():
@@ -94,7 +109,18 @@ def latency(workdir: str, environment: Mapping[str, str]) -> Row:
             if done.returncode:
                 raise failed(command, done.stderr)
             measured.append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: statistics.median(times[name] for times in measured) for name in measured[0]}
+    # Times of one process belong together: another may be twice as slow in all.
+    middle = statistics.median_low(map(_ratio, measured))
+    return next(times for times in measured if _ratio(times) == middle)
+
+
+def _ratio(times: Row) -> float:
+    return times["deployed_ms"] / times["dense_ms"]
+
+
+def finished() -> list[Row]:
+    """The rows of this study."""
+    return [row for row in FINISHED.rows() if row["share"] in ("", str(SHARE))]
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -192,8 +218,7 @@ def main() -> None:
         FINISHED.path = folder / "tradeoff.csv"
     known = checked(parser, args, METHODS)
     done = {
-        (row["task"], row["method"], float(row["budget"]), int(row["seed"]))
-        for row in FINISHED.rows()
+        (row["task"], row["method"], float(row["budget"]), int(row["seed"])) for row in finished()
     }
     jobs = [
         (name, known[name], method, 1.0 if method == "dense" else budget, seed, extra)
@@ -204,13 +229,14 @@ def main() -> None:
         if any(re.search(pattern, method) for pattern in args.methods)
         and (name, method, 1.0 if method == "dense" else budget, seed) not in done
     ]
-    run_all(jobs, run, FINISHED, at_once=at_once(known, args.tasks))
+    failures = run_all(jobs, run, FINISHED, at_once=at_once(known, args.tasks))
     for name in args.tasks:
-        rows = [row for row in FINISHED.rows() if row["task"] == name]
+        rows = [row for row in finished() if row["task"] == name]
         if rows:
             print(f"\n{name}\n\n{table(rows, known[name].measure)}\n\n{paired_table(rows)}")
             plot(rows, name, known[name].measure, folder)
     print(f"\npictures: {folder}")
+    end_with(failures)
 
 
 if __name__ == "__main__":

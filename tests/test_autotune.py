@@ -1,6 +1,7 @@
 """Layouts that are measured, and how."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,40 @@ def test_what_found_no_room_is_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(autotune, "_measure", lambda *_: seconds)
     autotune.fastest(layer, EVEN, 64, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_nobodys_home_keeps_nothing(tmp_path, monkeypatch):
+    def nobody(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    layer = layer_of(0, (4, 4), (8, 8), 1, 3)
+    count = len(autotune._choices(Packer(layer), EVEN, 64))
+    monkeypatch.setattr(autotune, "_measure", lambda *_: [1.0] * count)
+    autotune.fastest(layer, EVEN, 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tiles_that_fail_as_they_run_are_refused(monkeypatch):
+    layer = layer_of(0, (4, 4), (8, 8), 1, 3)
+    packer, (dense, *_) = Packer(layer), autotune._choices(Packer(layer), EVEN, 64)
+    tiles = autotune.TILES[0]
+    monkeypatch.setattr(autotune, "_packed", lambda _, choice: choice)
+
+    class Fails:
+        def __init__(self, choice, x, **options):
+            self.choice = choice
+
+        def __call__(self):
+            if self.choice is tiles:
+                raise jax.errors.JaxRuntimeError("INTERNAL: no such kernel")
+            return jnp.zeros(1)
+
+    monkeypatch.setattr(autotune, "Running", Fails)
+    seconds = autotune._measure(packer, [dense, tiles], 64)
+    assert seconds[0] < 1
+    assert seconds[1] == autotune.REFUSED
 
 
 def test_autotune_measures(tmp_path):

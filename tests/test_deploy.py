@@ -168,6 +168,23 @@ def test_a_packed_model_that_is_not_there_or_damaged_is_named(workdir, tmp_path)
             gaudi_jax.load(tmp_path, "packed")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"seed": 7}}, "was packed from a run of another model, layers or seed"),
+        ({"plan": {"step": 10**9}}, "names no step of this run, but 1000000000"),
+        ({"plan": {"step": True}}, "names no step of this run, but True"),
+    ],
+)
+def test_what_was_packed_elsewhere_is_not_taken(change, message, packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "run")
+    files = {"config": tmp_path / "run" / "config.json", "plan": tmp_path / "run/packed/plan.json"}
+    for name, changed in change.items():
+        files[name].write_text(json.dumps(json.loads(files[name].read_text()) | changed))
+    with pytest.raises(UserError, match=message):
+        gaudi_jax.load(tmp_path / "run", "packed")
+
+
 def test_each_layer_is_planned_for_its_own_number_of_inputs():
     model = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 1, 3), layer_of(1, (8, 8), (8, 8), 1, 3))
     shapes = []

@@ -281,3 +281,13 @@ def test_bfloat16_and_jit():
 def test_mistakes_are_named(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_windows_over_a_whole_axis_begin_at_its_start():
+    layer = GaudiLinear(12, 12, rank=1, num_blocks=2, rngs=nnx.Rngs(0))
+    layer.widths.set_value(jnp.ones((2, 2)))
+    layer.locations.set_value(jnp.full((2, 2), 0.25))
+    layer.eval()
+    assert Packer(layer).places() == [[0, 0], [12, 12], [0, 0], [12, 12]]
+    x = jax.random.normal(jax.random.key(0), (3, 12))
+    assert_close(gaudi_jax.harden(layer).model(x), layer(x))

@@ -45,9 +45,12 @@ def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
             raise runs.failed(["main.py", name], "no such file")
         return {"name": name, "not a column": 1}
 
-    with pytest.raises(SystemExit, match=r"RunError: main.py failing failed:\nno such file"):
-        runs.run_all([(name,) for name in ("slow", "failing", "a", "b")], job, table)
+    failures = runs.run_all([(name,) for name in ("slow", "failing", "a", "b")], job, table)
+    assert failures == ["RunError: main.py failing failed:\nno such file"]
     assert [row["name"] for row in table.rows()] == ["a", "b", "slow"]
+    with pytest.raises(SystemExit, match=r"main\.py failing failed"):
+        runs.end_with(failures)
+    runs.end_with([])
 
 
 def test_the_share_that_each_kind_of_layer_keeps(study):
@@ -142,6 +145,7 @@ def made_up(method, budget, seed, loss, cost=None, deployed_ms=2.0):
         "task": "digits",
         "method": method,
         "budget": budget,
+        "share": "" if method == "dense" else 0.3,
         "seed": seed,
         **{f"{split}_loss": loss for split in ("validation", "test")},
         **{f"{split}_accuracy": 1 - loss for split in ("validation", "test")},
@@ -264,8 +268,7 @@ def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
     with pytest.raises(learning.RunError, match=f"^{re.escape(sentence)}$"):
         learning.run("digits", task, matched, 0.125, 1, [])
     job = "digits", task, matched, 0.125, 1, []
-    with pytest.raises(SystemExit, match=f"^RunError: {re.escape(sentence)}$"):
-        learning.run_all([job], learning.run, learning.FINISHED)
+    assert learning.run_all([job], learning.run, learning.FINISHED) == [f"RunError: {sentence}"]
 
 
 # ---------------------------------------------------------------- benchmarks/regroup.py

@@ -18,7 +18,7 @@ from gaudi_jax.deploy.command import check_positive, run_parser
 from gaudi_jax.deploy.harden import harden, tokens_of
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.errors import UserError, exit_status
-from gaudi_jax.training.load import PACKED, load_with_step, save
+from gaudi_jax.training.load import PACKED, load_with_step, run_digest, save
 from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -41,14 +41,15 @@ def deploy(arguments: argparse.Namespace) -> None:
     model, step = load_with_step(workdir, arguments.step)
     if (workdir / PACKED).exists():
         raise UserError(f"{workdir / PACKED} exists; remove it to pack the run again")
-    example = open_task(ConfigDict(read_config(workdir))).example
+    config = ConfigDict(read_config(workdir))
+    example = open_task(config).example
     packed, plan = harden(
         model,
         tokens=arguments.tokens or tokens_of(model, example, batch),
         backend=arguments.backend,
         autotune=arguments.autotune,
     )
-    save(workdir / PACKED, packed, plan | {"step": step})
+    save(workdir / PACKED, packed, plan | {"step": step, "run": run_digest(config)})
     forms = {"dense": densify(model), "masks": model, "packed": packed}
     print(f"packed the checkpoint of step {step} in {workdir / PACKED}\n")
     print(measured(forms, example, batch, arguments.repeats))

@@ -31,7 +31,7 @@ CACHE_DIR = "~/.cache/gaudi_jax/layouts"
 OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
 #: Of what is kept; another one where times mean something else.
-FORMAT = 4
+FORMAT = 5
 #: Seconds of what this device or version does not take, and of what found too little memory.
 REFUSED, NO_ROOM = 1e9, 2e9
 #: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.
@@ -57,18 +57,21 @@ def fastest(
         layer: the layer.
         machine: model of the device, from which the layouts come.
         tokens: input vectors at once.
-        cache_dir: what was measured is kept here, by layouts, device, dtype, version of JAX and
-            XLA_FLAGS; remove it to measure again. A directory that cannot be written is left alone.
+        cache_dir: what was measured is kept here, by layouts, device, dtype, versions of JAX and
+            options that change times; remove it to measure again. A directory that cannot be
+            written, or a home that nobody knows, is left alone.
     """
     packer = Packer(layer)
     choices = _choices(packer, machine, tokens)
     if len(choices) == 1:
         return _packed(packer, choices[0])
-    file = Path(cache_dir).expanduser() / f"{_digest(packer, choices, tokens)}.json"
+    file = Path(cache_dir) / f"{_digest(packer, choices, tokens)}.json"
+    with suppress(RuntimeError):  # who runs it has no home directory
+        file = file.expanduser()
     seconds = _read(file, len(choices))
     if seconds is None:
         seconds = _measure(packer, choices, tokens)
-        if NO_ROOM not in seconds:  # there may be some the next time
+        if NO_ROOM not in seconds and file.parts[0] != "~":  # there may be room the next time
             with suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps({"seconds": seconds}) + "\n")
@@ -109,8 +112,9 @@ def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
         [layer.in_features, layer.out_features, tokens],
         [packer.dtype.name, jnp.dtype(layer.param_dtype).name],
         # All CPUs are of one kind to JAX, and a process may have some of their cores and threads.
-        [jax.devices()[0].device_kind, platform.node(), _cores(), jax.__version__],
-        [os.environ.get("XLA_FLAGS", "")],
+        [jax.devices()[0].device_kind, platform.node(), _cores()],
+        [jax.__version__, jax.lib.__version__, jax.config.jax_default_matmul_precision],
+        sorted(item for item in os.environ.items() if item[0].startswith(("XLA_", "MALLOC_"))),
         [
             choice.layout and choice.layout.to_lists() if isinstance(choice, Compiled) else choice
             for choice in choices
@@ -147,7 +151,10 @@ def _measure(packer: Packer, choices: list[Choice], tokens: int) -> list[float]:
 
     def make(choice: Choice) -> Running | float:
         try:
-            return Running(_packed(packer, choice), x, times=times, copies=copies)
+            running = Running(_packed(packer, choice), x, times=times, copies=copies)
+            if not isinstance(choice, Compiled | Cells):
+                jax.block_until_ready(running())  # some kernels fail no earlier
+            return running
         except Exception as error:  # a kernel that this GPU or version does not take
             if isinstance(choice, Compiled | Cells):
                 raise

@@ -148,7 +148,9 @@ def _places(layer: GaudiLinear, axis: int) -> tuple[np.ndarray, np.ndarray]:
     places = _intervals(
         layer.widths[axis], layer.locations[axis], size, granularity=layer.granularity[axis]
     )
-    return np.asarray(places[0], int), np.asarray(places[1], int)
+    start, length = (np.asarray(values, int) for values in places)
+    # From another place on, all features would have to be copied into another order.
+    return np.where(length == size, 0, start), length
 
 
 _intervals = jax.jit(intervals, static_argnums=2, static_argnames="granularity")

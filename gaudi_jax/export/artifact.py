@@ -66,8 +66,11 @@ def export_model(
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown or not platforms:
         raise UserError(f"unknown platforms {unknown}; use some of {', '.join(PLATFORMS)}")
-    if any(find_gaudi(model)):
+    masked, left = find_gaudi(model)
+    if masked:
         raise UserError("the model holds GaudiLinears with masks; pack them with gaudi_jax.harden")
+    for path, why in left.items():
+        raise UserError(f"the Gaudi layer {path!r} cannot be packed, and so not exported: {why}")
     if file.exists():
         raise UserError(f"{file} exists; remove it or give another file")
     view = nnx.clone(model)

@@ -1,5 +1,6 @@
 """Models on disk: those of runs, and compressed ones of any class."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,9 +120,24 @@ def _load_packed(workdir: Path) -> tuple[nnx.Module, int]:
     plan = read_plan(directory / PLAN_FILE)
     check_format(plan)
     step = plan.get("step")
-    if not isinstance(step, int):
-        raise UserError(f"the plan in {directory} names no step; remove it and pack the run again")
+    if type(step) is not int or not 0 <= step <= config.train.steps:
+        raise UserError(
+            f"the plan in {directory} names no step of this run, but {step!r}; remove it and pack "
+            "the run again"
+        )
+    if plan.get("run", run_digest(config)) != run_digest(config):
+        raise UserError(
+            f"{directory} was packed from a run of another model, layers or seed; remove it and "
+            "pack this run"
+        )
     return load(directory, into=abstract_model(config, phase_of(config, step), workdir)), step
+
+
+def run_digest(config: ConfigDict) -> str:
+    """Tells runs apart whose models differ, whatever was changed when one went on."""
+    what = {name: config.get(name) for name in ("seed", "model", "layer", "compress", "init_from")}
+    text = json.dumps(ConfigDict(what).to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def abstract_model(config: ConfigDict, phase: Phase, workdir: Path) -> nnx.Module:
