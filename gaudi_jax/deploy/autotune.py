@@ -9,9 +9,11 @@ import platform
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 
 from gaudi_jax.deploy.layout import Compiled
 from gaudi_jax.deploy.machine import Machine
@@ -107,13 +109,13 @@ def _choices(packer: Packer, machine: Machine, tokens: int) -> list[Choice]:
 
 
 def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
-    layer = packer.layer
+    layer, config = packer.layer, cast(Any, jax.config)
     what = [
         [layer.in_features, layer.out_features, tokens],
         [packer.dtype.name, jnp.dtype(layer.param_dtype).name],
         # All CPUs are of one kind to JAX, and a process may have some of their cores and threads.
         [jax.devices()[0].device_kind, platform.node(), _cores()],
-        [jax.__version__, jax.lib.__version__, jax.config.jax_default_matmul_precision],
+        [jax.__version__, jaxlib.__version__, config.jax_default_matmul_precision],
         sorted(item for item in os.environ.items() if item[0].startswith(("XLA_", "MALLOC_"))),
         [
             choice.layout and choice.layout.to_lists() if isinstance(choice, Compiled) else choice
