@@ -77,6 +77,12 @@ def read(path: Path, budget: float | None) -> tuple[jax.Array, int]:
             if name not in file:
                 raise UserError(f"{path} has no {name}; it has {', '.join(file)}")
         kernel = jnp.asarray(file["M"].T, jnp.float32)
+        if kernel.ndim != 2 or not kernel.size or not jnp.isfinite(kernel).all():
+            raise UserError(
+                f"M of {path}, of shape {kernel.T.shape}, is no matrix of finite numbers"
+            )
+        if budget is not None and not 0 < budget <= 1:
+            raise UserError(f"--budget {budget} is outside (0, 1]")
         return kernel, int(file["budget"]) if budget is None else affordable(budget, kernel.size)
 
 

@@ -12,8 +12,9 @@ finished rows are kept in ``benchmarks/results/regroup.csv`` and not repeated.
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from runs import RESULTS, ROOT, Row, Table, end_with, run_all, train
+from runs import RESULTS, Row, Table, end_with, run_all, train
 from tables import with_error
 from tabulate import tabulate
 from tasks import Task, checked
@@ -110,7 +111,7 @@ def main() -> None:
     known = checked(parser, args, ())
     done = {(row["task"], float(row["budget"]), int(row["seed"])) for row in FINISHED.rows()}
     jobs = [
-        (name, known[name], str((ROOT / args.text).resolve()), budget, seed)
+        (name, known[name], str(Path(args.text).resolve()), budget, seed)
         for seed in range(args.seeds)
         for name in args.tasks
         for budget in args.budgets

@@ -3,9 +3,10 @@
 import argparse
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from runs import GPU, ONE_CORE, ROOT, has_gpu
+from runs import GPU, ONE_CORE, has_gpu
 
 
 class Task(NamedTuple):
@@ -106,10 +107,13 @@ def checked(
     """The tasks, once the command line is seen to be usable."""
     if any(tasks("")[name].gpu for name in args.tasks) and not has_gpu():
         parser.error(f"--tasks {' '.join(args.tasks)} needs a GPU, and JAX finds none")
-    text = (ROOT / args.text).resolve()
+    for budget in args.budgets:
+        if not 0 < budget <= 1:
+            parser.error(f"--budgets {budget} is outside (0, 1]; give a fraction such as 0.25")
+    text = Path(args.text).resolve()
     if any("shakespeare" in name for name in args.tasks) and not text.is_file():
         parser.error(f"no text in {text}; give the path of tinyshakespeare with --text, or --tasks")
-    images = (ROOT / args.images).resolve()
+    images = Path(args.images).resolve()
     if any("cifar" in name for name in args.tasks) and not all(
         (images / split).is_dir() for split in ("train", "test")
     ):

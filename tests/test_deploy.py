@@ -1,6 +1,7 @@
 """A run from its checkpoint to a packed model and to one file."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -340,6 +341,35 @@ def test_what_does_not_fit_is_one_sentence(exported, tmp_path, workdir, monkeypa
     with pytest.raises(ValueError, match="is for tpu, and JAX runs on cpu"):
         load_exported(only_tpu)
     assert read(only_tpu)[0]["platforms"] == ["tpu"]
+
+
+def test_a_loader_without_a_device_says_so(packed, tmp_path):
+    file = tmp_path / "model.stablehlo"
+    export_model(gaudi_jax.load(packed, "packed"), IMAGES, file)
+    np.save(tmp_path / "x.npy", np.zeros((1, 8, 8, 1), np.float32))
+    done = subprocess.run(
+        [sys.executable, LOADER, file, tmp_path / "x.npy", tmp_path / "y.npy"],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: JAX finds no device of cuda here")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("stacked", "it is stacked"), ("subclass", "a subclass may do anything")]
+)
+def test_layers_that_cannot_be_packed_are_named_in_exports(kind, reason, tmp_path):
+    class Own(gaudi_jax.GaudiLinear):
+        pass
+
+    layer = (Own if kind == "subclass" else gaudi_jax.GaudiLinear)(8, 8, rngs=nnx.Rngs(0))
+    if kind == "stacked":
+        layer.v.set_value(layer.v[...][None])
+    with pytest.raises(UserError, match=f"'layers/0' cannot be packed, .*: {reason}"):
+        export_model(nnx.Sequential(layer), IMAGES, tmp_path / "file")
 
 
 @pytest.mark.slow

@@ -104,17 +104,19 @@ def test_differences_are_those_of_the_same_seeds(study):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "methods", "message"),
+    ("change", "message"),
     [
-        (["digits"], ["Monarchs"], "'Monarchs' matches none of: dense; Monarch"),
-        (["digits"], ["^arch"], "'^arch' matches none of"),
-        (["digits"], ["("], "'(' is no regular expression: missing )"),
-        (["shakespeare"], [""], "no text in"),
-        (["cifar"], [""], "no images in"),
+        ({"methods": ["Monarchs"]}, "'Monarchs' matches none of: dense; Monarch"),
+        ({"methods": ["^arch"]}, "'^arch' matches none of"),
+        ({"methods": ["("]}, "'(' is no regular expression: missing )"),
+        ({"tasks": ["shakespeare"]}, "no text in"),
+        ({"tasks": ["cifar"]}, "no images in"),
+        ({"budgets": [0.5, 1.5]}, "--budgets 1.5 is outside (0, 1]"),
     ],
 )
-def test_mistakes_are_named_before_any_run(study, tasks, methods, message, capsys):
-    args = argparse.Namespace(tasks=tasks, methods=methods, text="nowhere.txt", images="nowhere")
+def test_mistakes_are_named_before_any_run(study, change, message, capsys):
+    usual = {"tasks": ["digits"], "methods": [""], "budgets": [0.5]}
+    args = argparse.Namespace(**usual | change, text="nowhere.txt", images="nowhere")
     with pytest.raises(SystemExit):
         study("tasks").checked(argparse.ArgumentParser(), args, ["dense", "Monarch"])
     assert message in capsys.readouterr().err
@@ -347,10 +349,19 @@ def test_errors_of_kernels_are_those_of_the_layers(errors_of):
     assert rows == [["matrix", "0.100", f"{error:.3f} (0.94)", "–"]]
 
 
-def test_a_file_without_a_kernel_is_told_in_a_sentence(errors_of, capsys):
+@pytest.mark.parametrize(
+    ("arrays", "options", "message"),
+    [
+        ({"kernel": np.ones((2, 2))}, (), "matrix.npz has no M; it has kernel"),
+        ({"M": np.ones(5)}, ("--budget=0.5",), "shape (5,), is no matrix of finite numbers"),
+        ({"M": np.full((2, 2), np.nan)}, ("--budget=0.5",), "is no matrix of finite numbers"),
+        ({"M": np.ones((2, 2))}, ("--budget=0",), "--budget 0.0 is outside (0, 1]"),
+    ],
+)
+def test_a_file_without_a_kernel_is_told_in_a_sentence(arrays, options, message, errors_of, capsys):
     with pytest.raises(SystemExit):
-        errors_of(["low-rank"], kernel=np.ones((2, 2)))
-    assert "matrix.npz has no M; it has kernel" in capsys.readouterr().err
+        errors_of(["low-rank"], *options, **arrays)
+    assert message in capsys.readouterr().err
 
 
 def test_packed_outputs_that_are_not_the_dense_ones_fail_the_benchmark(study):
@@ -377,7 +388,7 @@ def test_tasks_for_a_gpu_need_one_and_run_alone(study, monkeypatch, capsys):
     assert tasks.at_once(known, ["digits", "docs"]) == 2
     assert tasks.at_once(known, ["digits", "cifar-gpu"]) == 1
     monkeypatch.setattr(tasks, "has_gpu", lambda: False)
-    args = argparse.Namespace(tasks=["cifar-gpu"], text="", images="", methods=[""])
+    args = argparse.Namespace(tasks=["cifar-gpu"], methods=[""], budgets=[0.5])
     with pytest.raises(SystemExit):
         tasks.checked(argparse.ArgumentParser(), args, ["dense"])
     assert "cifar-gpu needs a GPU" in capsys.readouterr().err

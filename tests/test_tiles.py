@@ -86,6 +86,15 @@ def test_a_plan_with_tiles_is_rebuilt(monkeypatch):
     assert difference(packed(x), model(x)) < 1e-5
 
 
+def test_an_export_says_that_it_cannot_hold_the_kernel(tmp_path, caplog):
+    packed = Packer(layer_of(1)).tile(64, TILINGS)
+    file = tmp_path / "model.stablehlo"
+    export_model(packed, jax.ShapeDtypeStruct((1, 128), jnp.float32), file)
+    assert "1 layers are packed for a kernel that no file can hold" in caplog.text
+    x = jax.random.normal(jax.random.key(0), (3, 128))
+    assert difference(load_exported(file)(x), packed(x)) < 1e-5
+
+
 @pytest.mark.parametrize(
     "lists",
     [{}, {"width": 64, "tables": [[[0], [2]]] * 2, "tilings": [[1, 1, 1]] * 2}, {"width": 1}],

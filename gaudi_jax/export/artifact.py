@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from gaudi_jax import kernels
 from gaudi_jax.compression.surgery import find_gaudi
 from gaudi_jax.errors import UserError, reason
 from gaudi_jax.export.loader import FORMAT, MAGIC
+from gaudi_jax.layers.tiles import Tiles
+
+log = logging.getLogger(__name__)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -71,6 +75,13 @@ def export_model(
         raise UserError("the model holds GaudiLinears with masks; pack them with gaudi_jax.harden")
     for path, why in left.items():
         raise UserError(f"the Gaudi layer {path!r} cannot be packed, and so not exported: {why}")
+    tiled = [m for _, m in nnx.iter_modules(model) if isinstance(getattr(m, "layout", None), Tiles)]
+    if tiled:
+        log.warning(
+            "%d layers are packed for a kernel that no file can hold: there they are plain products, "
+            "which nobody measured; pack for files without autotuning",
+            len(tiled),
+        )
     if file.exists():
         raise UserError(f"{file} exists; remove it or give another file")
     view = nnx.clone(model)

@@ -78,8 +78,16 @@ def load_exported(file: str | Path) -> Callable[[Any], jax.Array]:
 
 
 def platform() -> str:
-    """Where JAX runs here, as jax.export calls it."""
-    backend = jax.default_backend()
+    """Where JAX runs here, as jax.export calls it.
+
+    Raises:
+        ValueError: nowhere.
+    """
+    try:
+        backend = jax.default_backend()
+    except (AssertionError, RuntimeError) as error:
+        wanted = jax.config.jax_platforms or "the default platforms"  # type: ignore[attr-defined]
+        raise ValueError(f"JAX finds no device of {wanted} here: {error or 'none'}") from None
     return "cuda" if backend == "gpu" else backend
 
 
@@ -122,7 +130,7 @@ def main() -> int:
             result = load_exported(file)(np.load(inputs))
             wide = result.dtype == jax.numpy.bfloat16  # which NumPy's files do not know
             np.save(outputs, np.asarray(result, np.float32 if wide else result.dtype))
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

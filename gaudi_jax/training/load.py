@@ -118,7 +118,10 @@ def _load_packed(workdir: Path) -> tuple[nnx.Module, int]:
     if not (directory / PLAN_FILE).exists():
         raise UserError(f"{directory} is incomplete; remove it and pack the run again")
     plan = read_plan(directory / PLAN_FILE)
-    check_format(plan)
+    try:
+        check_format(plan)
+    except UserError as error:
+        raise _broken(directory, error) from None
     step = plan.get("step")
     if type(step) is not int or not 0 <= step <= config.train.steps:
         raise UserError(
@@ -130,7 +133,17 @@ def _load_packed(workdir: Path) -> tuple[nnx.Module, int]:
             f"{directory} was packed from a run of another model, layers or seed; remove it and "
             "pack this run"
         )
-    return load(directory, into=abstract_model(config, phase_of(config, step), workdir)), step
+    model = abstract_model(config, phase_of(config, step), workdir)
+    try:
+        return load(directory, into=model), step
+    except UserError as error:
+        raise _broken(directory, error) from None
+
+
+def _broken(directory: Path, error: UserError) -> UserError:
+    """Of a packed model; the remedy for runs does not help it."""
+    found, *_ = str(error).split("; ")
+    return UserError(f"{found}; remove {directory} and pack the run again")
 
 
 def run_digest(config: ConfigDict) -> str:
