@@ -78,8 +78,8 @@ def export_model(
     tiled = [m for _, m in nnx.iter_modules(model) if isinstance(getattr(m, "layout", None), Tiles)]
     if tiled:
         log.warning(
-            "%d layers are packed for a kernel that no file can hold: there they are plain products, "
-            "which nobody measured; pack for files without autotuning",
+            "%d layers are packed for a kernel that no file can hold: there they are plain "
+            "products, which nobody measured; pack for files without autotuning",
             len(tiled),
         )
     if file.exists():
