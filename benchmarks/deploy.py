@@ -45,7 +45,8 @@ import gaudi_jax
 from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.compression.surgery import become
 from gaudi_jax.decomposition import relative_error
-from gaudi_jax.deploy.timing import Running, interleaved_medians
+from gaudi_jax.deploy.machine import MACHINES
+from gaudi_jax.deploy.timing import Running, copies_out_of_cache, interleaved_medians
 from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.models.generate import generate
 
@@ -90,19 +91,32 @@ def gaudi(
 
 
 @cache
-def low_rank(n: int, m: int, cost: int) -> LowRankLinear:
-    return low_rank_of(trained_like(n, m), cost)
+def low_rank(n: int, m: int, cost: int, tokens: int, dtype: str) -> LowRankLinear:
+    return low_rank_of(trained_like(n, m), cost, tokens, dtype=jnp.dtype(dtype))
 
 
-def low_rank_of(kernel: jax.Array, cost: int, **options: Any) -> LowRankLinear:
-    """The truncated SVD of a kernel, of a rank that comes to a cost."""
+def low_rank_of(kernel: jax.Array, cost: int, tokens: int, **options: Any) -> LowRankLinear:
+    """The truncated SVD of a kernel, of a rank that comes to a cost.
+
+    Or the same with columns of zeros, as packed layers have them, where that is faster.
+    """
     n, m = kernel.shape
     rank = max(cost // (n + m), 1)
     if jax.default_backend() != "cpu":  # matrix units are slow on other ranks
         rank = max(8 * round(rank / 8), 8)
     layer = LowRankLinear(n, m, rank=rank, rngs=nnx.Rngs(0), **options)
     layer.set_kernel(kernel)
-    return layer
+    panel = MACHINES[jax.default_backend()].panel
+    if rank % panel == 0:
+        return layer
+    filled = LowRankLinear(n, m, rank=rank + -rank % panel, rngs=nnx.Rngs(0), **options)
+    for one, other in ((layer.v, filled.v), (layer.u, filled.u)):
+        other.set_value(jnp.pad(one[...], ((0, -rank % panel), (0, 0))))
+    x = jnp.zeros((tokens, n), layer.dtype or jnp.float32)
+    copies = copies_out_of_cache(n * m * x.dtype.itemsize)
+    forms = {False: Running(layer, x, copies=copies), True: Running(filled, x, copies=copies)}
+    seconds = interleaved_medians(forms, 7)
+    return filled if seconds[True] < seconds[False] else layer
 
 
 def dense(layer: GaudiLinear) -> Any:
@@ -123,7 +137,9 @@ def forms(
     return {
         "dense": partial(dense, blocks),
         "packed": lambda: gaudi_jax.harden(blocks, tokens=tokens, autotune=args.autotune).model,
-        "low_rank": lambda: nnx.clone(low_rank(n, m, int(blocks.multiplications()))),
+        "low_rank": lambda: nnx.clone(
+            low_rank(n, m, int(blocks.multiplications()), tokens, args.dtype)
+        ),
     }
 
 

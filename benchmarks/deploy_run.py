@@ -104,6 +104,7 @@ def form_of(layer: GaudiLinear, form: str, tokens: int) -> Any:
     low_rank = low_rank_of(
         layer.kernel(),
         int(layer.multiplications()),
+        tokens,
         use_bias=layer.bias is not None,
         dtype=layer.dtype,
     )
