@@ -26,6 +26,7 @@ from gaudi_jax.compression import densify
 from gaudi_jax.compression.surgery import become, find_gaudi
 from gaudi_jax.data.pipeline import first_batches
 from gaudi_jax.decomposition import relative_error
+from gaudi_jax.deploy.command import check_positive
 from gaudi_jax.deploy.harden import tokens_of
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.errors import exit_status
@@ -44,14 +45,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--keep", action="store_true", help="rows in deploy.csv")
     args = parser.parse_args()
-    if args.batch < 1 or args.repeats < 1:
-        parser.error("--batch and --repeats must be at least 1")
     if status := exit_status(lambda: measure(args)):
         raise SystemExit(status)
 
 
 def measure(args: argparse.Namespace) -> None:
     """Measures, prints, keeps."""
+    check_positive(args, "batch", "repeats")
     task = open_task(ConfigDict(read_config(args.workdir)))
     model = gaudi_jax.load(args.workdir)
     layers, x = find_gaudi(model)[0], inputs(task)

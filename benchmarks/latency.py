@@ -20,6 +20,7 @@ import gaudi_jax
 from gaudi_jax import GaudiLinear
 from gaudi_jax.compression import densify
 from gaudi_jax.compression.surgery import become
+from gaudi_jax.deploy.command import check_positive
 from gaudi_jax.deploy.harden import tokens_of
 from gaudi_jax.deploy.timing import Running, copies_out_of_cache, interleaved_medians
 from gaudi_jax.errors import exit_status
@@ -34,14 +35,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    if args.batch < 1 or args.repeats < 1:
-        parser.error("--batch and --repeats must be at least 1")
     if status := exit_status(lambda: measure(args)):
         raise SystemExit(status)
 
 
 def measure(args: argparse.Namespace) -> None:
     """Prints the times."""
+    check_positive(args, "batch", "repeats")
     model = gaudi_jax.load(args.workdir)
     example = open_task(ConfigDict(read_config(args.workdir))).example
     x = jnp.zeros((args.batch, *example.shape[1:]), example.dtype)

@@ -1,6 +1,7 @@
 """Compression of models in other people's styles, from end to end."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -144,13 +145,28 @@ def test_a_bare_layer_is_a_model():
 
 
 def test_an_accelerator_searches_layers_of_one_shape_together(encoder, monkeypatch):
+    module = sys.modules["gaudi_jax.compression.compress"]  # its name is the function's too
+    search, sizes = module.search_blocks, []
+
+    def recorded(layers, *options):
+        sizes.append(len(layers))
+        return search(layers, *options)
+
+    monkeypatch.setattr(module, "search_blocks", recorded)
+
     def plan(backend):
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
         batches = (tokens(seed) for seed in range(2))
         options = {"calibration": batches, "rounds": 20, "progress": False}
         return gaudi_jax.compress(encoder, 0.5, rules=[SKIP_HEAD, ALL_OTHERS], **options).plan
 
-    alone, together = plan("cpu")["layers"], plan("gpu")["layers"]
+    alone = plan("cpu")["layers"]
+    assert set(sizes) == {1}
+    searched = len(sizes)
+    sizes.clear()
+    together = plan("gpu")["layers"]
+    assert sum(sizes) == searched
+    assert max(sizes) > 1
     assert list(together) == list(alone)
     for path, entry in together.items():
         if entry["method"] == "gaudi":

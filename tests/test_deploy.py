@@ -159,7 +159,7 @@ def test_a_packed_model_that_is_not_there_or_damaged_is_named(workdir, tmp_path)
     for content, message in {
         None: "holds no packed model; make it with",
         "": "is incomplete; remove it",
-        "[]": "plan of format 'list'",
+        "[]": "plan of format 'list' cannot be read, .*; remove .*packed and pack the run again",
     }.items():
         if content is not None:
             (tmp_path / "packed").mkdir(exist_ok=True)
@@ -183,6 +183,13 @@ def test_what_was_packed_elsewhere_is_not_taken(change, message, packed, tmp_pat
     for name, changed in change.items():
         files[name].write_text(json.dumps(json.loads(files[name].read_text()) | changed))
     with pytest.raises(UserError, match=message):
+        gaudi_jax.load(tmp_path / "run", "packed")
+
+
+def test_a_damaged_packed_checkpoint_is_to_be_packed_again(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "packed" / "checkpoints")
+    with pytest.raises(UserError, match=r"; remove .*packed and pack the run again"):
         gaudi_jax.load(tmp_path / "run", "packed")
 
 

@@ -73,7 +73,8 @@ def export_model(
     masked, left = find_gaudi(model)
     if masked:
         raise UserError("the model holds GaudiLinears with masks; pack them with gaudi_jax.harden")
-    for path, why in left.items():
+    if left:
+        path, why = next(iter(left.items()))
         raise UserError(f"the Gaudi layer {path!r} cannot be packed, and so not exported: {why}")
     tiled = [m for _, m in nnx.iter_modules(model) if isinstance(getattr(m, "layout", None), Tiles)]
     if tiled:
