@@ -168,12 +168,15 @@ def test_an_accelerator_searches_layers_of_one_shape_together(encoder, monkeypat
     assert sum(sizes) == searched
     assert max(sizes) > 1
     assert list(together) == list(alone)
-    for path, entry in together.items():
-        if entry["method"] == "gaudi":
-            # Batched products are summed in another order, so that the search may end elsewhere.
-            error = alone[path]["activation_error"]
-            assert entry["activation_error"] == pytest.approx(error, rel=0.05)
-            assert entry["multiplications"] <= 0.5 * entry["dense_multiplications"]
+    # Batched products are summed in another order, and a rounding (a millionth of each entry, too)
+    # can turn a choice of the search: one layer's error then moves by up to a tenth, either way.
+    # A kernel or budget of another layer shows as an error of about one or a wrong count.
+    errors = [[e["activation_error"] for e in each.values()] for each in (together, alone)]
+    assert {e["method"] for e in together.values()} == {"gaudi"}
+    assert np.mean(errors[0]) == pytest.approx(np.mean(errors[1]), rel=0.05)
+    assert max(errors[0]) <= 1.25 * max(errors[1])
+    for entry in together.values():
+        assert entry["multiplications"] <= 0.5 * entry["dense_multiplications"]
 
 
 def test_a_compressed_model_trains(compressed):
