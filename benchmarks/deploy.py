@@ -26,7 +26,6 @@ import argparse
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
@@ -36,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decompose import kernel
+from deployed import FORMS, at_once, in_dtype, low_rank_of
 from flax import nnx
 from matplotlib.figure import Figure
 from runs import RESULTS, Row, Table, commit
@@ -45,8 +45,7 @@ import gaudi_jax
 from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.compression.surgery import become
 from gaudi_jax.decomposition import relative_error
-from gaudi_jax.deploy.machine import MACHINES
-from gaudi_jax.deploy.timing import Running, copies_out_of_cache, interleaved_medians
+from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.models.generate import generate
 
@@ -59,7 +58,6 @@ COLUMNS = (
     *("dense_ms", "packed_ms", "low_rank_ms", "packed_error", "low_rank_error", "difference"),
     *("device", "commit", "jax", "date"),
 )
-FORMS = ("dense", "packed", "low_rank")
 KEPT = Table(RESULTS / "deploy.csv", COLUMNS)
 #: Largest difference of packed from dense outputs, over the largest output, that is rounding.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}
@@ -95,30 +93,6 @@ def low_rank(n: int, m: int, cost: int, tokens: int, dtype: str) -> LowRankLinea
     return low_rank_of(trained_like(n, m), cost, tokens, dtype=jnp.dtype(dtype))
 
 
-def low_rank_of(kernel: jax.Array, cost: int, tokens: int, **options: Any) -> LowRankLinear:
-    """The truncated SVD of a kernel, of a rank that comes to a cost.
-
-    Or the same with columns of zeros, as packed layers have them, where that is faster.
-    """
-    n, m = kernel.shape
-    rank = max(cost // (n + m), 1)
-    if jax.default_backend() != "cpu":  # matrix units are slow on other ranks
-        rank = max(8 * round(rank / 8), 8)
-    layer = LowRankLinear(n, m, rank=rank, rngs=nnx.Rngs(0), **options)
-    layer.set_kernel(kernel)
-    panel = MACHINES[jax.default_backend()].panel
-    if rank % panel == 0:
-        return layer
-    filled = LowRankLinear(n, m, rank=rank + -rank % panel, rngs=nnx.Rngs(0), **options)
-    for one, other in ((layer.v, filled.v), (layer.u, filled.u)):
-        other.set_value(jnp.pad(one[...], ((0, -rank % panel), (0, 0))))
-    x = jnp.zeros((tokens, n), layer.dtype or jnp.float32)
-    copies = copies_out_of_cache(n * m * x.dtype.itemsize)
-    forms = {False: Running(layer, x, copies=copies), True: Running(filled, x, copies=copies)}
-    seconds = interleaved_medians(forms, 7)
-    return filled if seconds[True] < seconds[False] else layer
-
-
 def dense(layer: GaudiLinear) -> Any:
     """The dense layer with the same function."""
     n, m = layer.in_features, layer.out_features
@@ -141,28 +115,6 @@ def forms(
             low_rank(n, m, int(blocks.multiplications()), tokens, args.dtype)
         ),
     }
-
-
-def in_dtype(model: Any, name: str) -> Any:
-    """The model with parameters of a dtype, which computes in it."""
-    dtype = jnp.dtype(name)
-    graphdef, state = nnx.split(model)
-    cast = [
-        x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        for x in jax.tree.leaves(state)
-    ]
-    result = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), cast))
-    for _, module in nnx.iter_modules(result):
-        if hasattr(module, "param_dtype"):
-            vars(module).update(dtype=dtype, param_dtype=dtype)
-    return result
-
-
-def at_once(makers: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    """What each makes: compilation, which takes longest, leaves cores idle."""
-    with ThreadPoolExecutor() as pool:
-        made = [pool.submit(make) for make in makers.values()]
-        return dict(zip(makers, [future.result() for future in made], strict=True))
 
 
 def difference(a: jax.Array, b: jax.Array) -> float:

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from deploy import FORMS, at_once, check, decoding, difference, keep, low_rank_of, report, show
+from deploy import check, decoding, difference, keep, report, show
+from deployed import FORMS, at_once, in_dtype, low_rank_of
 from flax import nnx
 from ml_collections import ConfigDict
 from runs import Row
@@ -63,6 +64,7 @@ def measure(args: argparse.Namespace) -> None:
         raise SystemExit(f"--decode needs a run of a GPT-2 on more than {PROMPT + 1} tokens")
     dtype = jnp.dtype(next(iter(layers.values())).dtype or jnp.float32).name
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype}")
+    model = in_dtype(model, dtype)
     rows = layer_rows(model, tokens_of(model, task.example, args.batch), args.repeats)
     show(rows)
     rows += model_rows(model, task, x[: args.batch], args.repeats)

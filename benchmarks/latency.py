@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
+from deployed import in_dtype
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -42,8 +43,10 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> None:
     """Prints the times."""
     check_positive(args, "batch", "repeats")
-    model = gaudi_jax.load(args.workdir)
-    example = open_task(ConfigDict(read_config(args.workdir))).example
+    config = ConfigDict(read_config(args.workdir))
+    # No form rounds its values at every call.
+    model = in_dtype(gaudi_jax.load(args.workdir), config.model.dtype)
+    example = open_task(config).example
     x = jnp.zeros((args.batch, *example.shape[1:]), example.dtype)
     deployed = fastest(model, tokens_of(model, example, args.batch), args.repeats)
     forms = {"dense_ms": Running(densify(model), x), "deployed_ms": Running(deployed, x)}

@@ -1,7 +1,10 @@
 """Settings for all tests: exact products on every platform, errors for silent mistakes."""
 
+import importlib
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -32,3 +35,18 @@ def strict_shapes():
     jax.config.update("jax_numpy_rank_promotion", "raise")
     yield
     jax.config.update("jax_numpy_rank_promotion", previous)
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """Imports a module of benchmarks/, whose scripts see one another under their plain names."""
+    names = [path.stem for path in BENCHMARKS.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)

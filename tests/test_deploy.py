@@ -15,7 +15,6 @@ import pytest
 from flax import nnx
 
 import gaudi_jax
-from benchmarks import latency
 from gaudi_jax.compression import densify
 from gaudi_jax.deploy import __main__ as deploy_command
 from gaudi_jax.deploy.pack import pack
@@ -109,17 +108,18 @@ def test_the_table_of_forms_compares_the_same_model(workdir):
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["dense", "packed"]
 
 
-def test_the_study_of_latency_measures_a_run(workdir, tmp_path, monkeypatch, capsys):
+def test_the_study_of_latency_measures_a_run(study, workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))  # what autotuning measures is kept there
-    call(latency, monkeypatch, workdir, "--batch=2", "--repeats=1")
+    call(study("latency"), monkeypatch, workdir, "--batch=2", "--repeats=1")
     times = json.loads(capsys.readouterr().out)
     assert sorted(times) == ["dense_ms", "deployed_ms"]
     assert min(times.values()) > 0
 
 
 @pytest.mark.parametrize(("fastest", "kind"), [("dense", "Linear"), ("own", "LowRankLinear")])
-def test_the_study_of_latency_takes_the_fastest_form(fastest, kind, tmp_path, monkeypatch):
+def test_the_study_of_latency_takes_the_fastest_form(study, fastest, kind, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    latency = study("latency")
     monkeypatch.setattr(
         latency, "interleaved_medians", lambda forms, _: {name: name != fastest for name in forms}
     )

@@ -260,6 +260,37 @@ def test_bfloat16_and_jit():
     assert gaudi_jax.harden(half)[0](x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("cells", [False, True])
+def test_values_are_held_in_the_dtype_of_the_computation_where_it_is_smaller(cells):
+    layer = layer_of(0, (8, 8), (8, 8), 1, 4)
+
+    def packed(dtype):
+        layer.dtype = dtype
+        packer = Packer(layer)
+        one = packer.pack_cells(packer.cells()) if cells else pack(layer, EVEN, 64)
+        return nnx.Sequential(one)
+
+    wide, narrow = packed(None), packed(jnp.bfloat16)
+    wide.layers[0].dtype = jnp.bfloat16  # casts at every call
+    states = [nnx.state(each, nnx.Param) for each in (wide, narrow)]
+    assert {x.dtype for x in jax.tree.leaves(states[1])} == {jnp.dtype(jnp.bfloat16)}
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(state)) for state in states]
+    assert sizes[1] == sizes[0] / 2
+    x = jax.random.normal(jax.random.key(0), (4, layer.in_features))
+    np.testing.assert_array_equal(narrow(x), wide(x))
+
+
+def test_narrow_values_are_saved_and_loaded(tmp_path):
+    layer = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 1, 4))
+    layer.layers[0].dtype = jnp.bfloat16
+    packed, plan = gaudi_jax.harden(layer)
+    gaudi_jax.save(tmp_path / "packed", packed, plan)
+    again = gaudi_jax.load(tmp_path / "packed", into=layer)
+    for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (packed, again)), strict=True):
+        assert one.dtype == other.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import importlib
 import json
 import os
 import re
@@ -17,20 +16,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from gaudi_jax.decomposition.decompose import affordable
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def study(monkeypatch):
-    """Imports a module of benchmarks/, whose scripts see one another under their plain names."""
-    names = [path.stem for path in BENCHMARKS.glob("*.py")]
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(others)
 
 
 def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
@@ -399,7 +384,7 @@ def test_what_a_trained_run_takes_deployed(tmp_path):
     run = tmp_path / "run"
     config = "--config=configs/docs_gpt_gaudi.py:smoke,recipe=budget"
     here = {
-        "cwd": BENCHMARKS.parent,
+        "cwd": Path(__file__).parents[1],
         "env": os.environ | {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},
     }
     subprocess.run([sys.executable, "main.py", config, f"--workdir={run}"], check=True, **here)

@@ -112,15 +112,7 @@ def _pack(model: nnx.Module, plan: Mapping[str, Any]) -> None:
     _check_model(plan, found, left)
     for path, entry in plan["layers"].items():
         layer = found[path]
-        empty = functools.partial(
-            PackedLinear,
-            layer.in_features,
-            layer.out_features,
-            _layout(path, entry),
-            use_bias=layer.use_bias,
-            dtype=layer.dtype,
-            param_dtype=layer.param_dtype,
-        )
+        empty = functools.partial(PackedLinear.in_place_of, layer, _layout(path, entry))
         abstract = isinstance(layer.v.get_value(), jax.ShapeDtypeStruct)
         become(layer, nnx.eval_shape(empty) if abstract else empty())
 

@@ -50,7 +50,8 @@ def deploy(arguments: argparse.Namespace) -> None:
         autotune=arguments.autotune,
     )
     save(workdir / PACKED, packed, plan | {"step": step, "run": run_digest(config)})
-    forms = {"dense": densify(model), "masks": model, "packed": packed}
+    # Dense layers hold their values in the dtype in which packed ones do.
+    forms = {"dense": densify(packed), "masks": model, "packed": packed}
     print(f"packed the checkpoint of step {step} in {workdir / PACKED}\n")
     print(measured(forms, example, batch, arguments.repeats))
 

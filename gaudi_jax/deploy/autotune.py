@@ -33,7 +33,7 @@ CACHE_DIR = "~/.cache/gaudi_jax/layouts"
 OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
 #: Of what is kept; another one where times mean something else.
-FORMAT = 5
+FORMAT = 6
 #: Seconds of what this device or version does not take, and of what found too little memory.
 REFUSED, NO_ROOM = 1e9, 2e9
 #: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.

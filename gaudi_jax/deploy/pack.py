@@ -101,17 +101,9 @@ class Packer:
 
     def _empty(self, layout: Layout | Tiles | Cells | None) -> PackedLinear:
         """The packed form with its bias, and zeros."""
-        layer = self.layer
-        packed = PackedLinear(
-            layer.in_features,
-            layer.out_features,
-            layout,
-            use_bias=layer.use_bias,
-            dtype=layer.dtype,
-            param_dtype=layer.param_dtype,
-        )
-        if packed.bias is not None and layer.bias is not None:
-            packed.bias.set_value(layer.bias[...])
+        packed = PackedLinear.in_place_of(self.layer, layout)
+        if packed.bias is not None and self.layer.bias is not None:
+            packed.bias.set_value(self.layer.bias[...].astype(packed.param_dtype))
         return packed
 
     @cached_property

@@ -175,6 +175,25 @@ class PackedLinear(StructuredLinear):
         self.dense = nnx.data(zeros(in_features, out_features) if layout is None else None)
         self.bias = nnx.data(zeros(out_features) if use_bias else None)
 
+    @classmethod
+    def in_place_of(
+        cls, layer: StructuredLinear, layout: Layout | Tiles | Cells | None
+    ) -> "PackedLinear":
+        """The packed layer, all zeros, that computes as another layer does.
+
+        It holds its values in the dtype in which it computes, where that is the smaller one: they
+        would be rounded to it at every call.
+        """
+        dtypes = [jnp.dtype(each) for each in (layer.param_dtype, layer.dtype) if each is not None]
+        return cls(
+            layer.in_features,
+            layer.out_features,
+            layout,
+            use_bias=layer.bias is not None,
+            dtype=layer.dtype,
+            param_dtype=min(dtypes, key=lambda dtype: dtype.itemsize),
+        )
+
     def fill(self, left: Float[np.ndarray, "k in"], right: Float[np.ndarray, "k out"]) -> None:
         """Sets the values from columns in the order of the reads, zero outside their windows.
 

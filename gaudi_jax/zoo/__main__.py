@@ -141,9 +141,9 @@ def _measured(model: nnx.Module, task: Task, batch: int) -> dict[str, Any]:
 
 def _time(model: nnx.Module, task: Task, batch: int) -> dict[str, Any]:
     """Of the form that is deployed, beside the dense one in the same process."""
-    dense = densify(model)
     if find_gaudi(model)[0]:
         model = harden(model, tokens=tokens_of(model, task.example, batch)).model
+    dense = densify(model)
     x = jnp.zeros((batch, *task.example.shape[1:]), task.example.dtype)
     running = {"deployed": Running(model, x), "dense": Running(dense, x)}
     seconds = interleaved_medians(running, REPEATS)
