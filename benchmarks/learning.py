@@ -307,7 +307,8 @@ def main() -> None:
     args = parser.parse_args()
     extra = []
     if args.quick:
-        args.tasks, args.budgets, args.seeds = ["digits"], [0.25], 1
+        parser.set_defaults(tasks=["digits"], budgets=[0.25], seeds=1)
+        args = parser.parse_args()
         extra = ["--config.train.steps=300", "--config.compress.rounds=10"]
         FINISHED.path = Path(tempfile.mkdtemp()) / "learning.csv"
     known = checked(parser, args, methods(tasks("")["digits"], 0.25))

@@ -152,13 +152,13 @@ def table(rows: Sequence[Row], measure: str) -> str:
 
 
 def paired_table(rows: Sequence[Row]) -> str:
-    """What each kind of layer loses against Gaudi layers of the same seed."""
-    lines = []
-    for (method, budget), chosen in by_budget(rows):
-        ours = [row for row in rows if (row["method"], row["budget"]) == ("Gaudi", budget)]
-        if ours and method != "Gaudi":
+    """What each kind of layer loses against Gaudi layers of the same seed and budget."""
+    by_group, lines = groups(rows), []
+    for (kind, budget), ours in by_budget(rows):
+        for method in METHODS if kind == "Gaudi" else ():
+            chosen = by_group.get((method, "1.0" if method == "dense" else budget), [])
             pairs = [differences(chosen, ours, f"{split}_loss") for split in ("validation", "test")]
-            if pairs[0]:
+            if method != "Gaudi" and pairs[0]:
                 cells = [with_error(pair, 4) for pair in pairs]
                 lines.append((method, budget, *cells, verdict(pairs[1], "Gaudi", method)))
     headers = ("less Gaudi", "budget", "validation loss", "test loss", "less test loss")
@@ -212,7 +212,8 @@ def main() -> None:
     args = parser.parse_args()
     extra, folder = [], RESULTS
     if args.quick:
-        args.tasks, args.budgets, args.seeds = ["digits"], [0.25], 1
+        parser.set_defaults(tasks=["digits"], budgets=[0.25], seeds=1)
+        args = parser.parse_args()
         extra = ["--config.train.steps=300", "--config.compress.rounds=10"]
         folder = Path(tempfile.mkdtemp())
         FINISHED.path = folder / "tradeoff.csv"

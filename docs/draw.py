@@ -1,18 +1,26 @@
-"""Draws the pictures of docs/method.md with the library itself: ``python docs/draw.py``."""
+"""Draws pictures of the documentation with the library itself: ``python docs/draw.py``."""
 
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 import gaudi_jax
+from gaudi_jax.data.pipeline import first_batches
 from gaudi_jax.decomposition import relative_error, svd_factors
 from gaudi_jax.masks import gaudi_mask, hard_mask
+from gaudi_jax.training.tasks import open_task
+from gaudi_jax.training.workdir import read_config
+from gaudi_jax.zoo import MODELS
 
 PICTURES = Path(__file__).parent / "pictures"
+#: Of a transformer block, in `draw_before_and_after`.
+LAYERS = ("attention/qkv", "attention/out", "mlp/fc1", "mlp/fc2")
 
 
 def new_figure(columns: int, height: float = 2.9) -> tuple[Figure, np.ndarray]:
@@ -115,7 +123,40 @@ def draw_search() -> None:
     figure.savefig(PICTURES / "method_search.png")
 
 
+def draw_before_and_after() -> None:
+    """Trained dense kernels, and the blocks that calibrated compression puts in their place."""
+    folder = MODELS / "docs-gpt-dense"
+    task = open_task(ConfigDict(read_config(folder)))
+    batches = (batch["tokens"][:, :-1] for batch in first_batches(task.train_batches(), 16))
+    model = gaudi_jax.load(folder)
+    paths = [f"blocks/1/{layer}" for layer in LAYERS]
+    rules = [gaudi_jax.Rule("blocks/.*")]
+    small = gaudi_jax.compress(
+        model, 0.125, rules=rules, allocation="global", calibration=batches, progress=False
+    ).model
+    figure = Figure(figsize=(3.1 * len(paths), 6.2), dpi=110, layout="constrained")
+    panels = figure.subplots(2, len(paths))
+    layers = [dict(nnx.iter_graph(each)) for each in (model, small)]
+    for (before, after), path in zip(panels.T, paths, strict=True):
+        place = tuple(int(part) if part.isdigit() else part for part in path.split("/"))
+        dense, found = (each[place] for each in layers)
+        kernel = np.abs(dense.kernel[...])
+        before.imshow(kernel, cmap="magma_r", vmax=np.quantile(kernel, 0.99), aspect="auto")
+        before.set_title(f"{path}\nmagnitudes", fontsize=9)
+        m_in, m_out = (
+            hard_mask(found.widths[i], found.locations[i], size)
+            for i, size in enumerate(kernel.shape)
+        )
+        after.imshow(m_in.T @ m_out, cmap="magma_r", vmin=0, vmax=10, aspect="auto")
+        cost = int(found.multiplications()) / kernel.size
+        after.set_title(f"blocks at {cost:.2f} of the multiplications", fontsize=9)
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+    figure.savefig(PICTURES / "learning_before_and_after.png")
+
+
 if __name__ == "__main__":
     draw_masks()
     draw_structures()
     draw_search()
+    draw_before_and_after()

@@ -167,9 +167,12 @@ def test_tables_of_rivals(study):
         *("Gaudi", "0.25", "2", "0.6250 ± 0.1250", "0.6250 ± 0.1250"),
         *("0.2250 ± 0.0250", "0.5000 ± 0.0000"),
     ]
-    # Nobody is compared at another budget, and no seed without its own Gaudi run.
+    # None but dense layers are compared at another budget, and no seed without its own Gaudi run.
     pair = "0.3750 ± 0.1250"
-    assert cells_of(tradeoff.paired_table(ROWS)) == [["BLAST", "0.25", pair, pair, "Gaudi"]]
+    assert cells_of(tradeoff.paired_table(ROWS)) == [
+        ["dense", "0.25", "-0.1250", "-0.1250", "one seed"],
+        ["BLAST", "0.25", pair, pair, "Gaudi"],
+    ]
     assert cells_of(tradeoff.paired_table(ROWS[:2])) == []
 
 
