@@ -1,6 +1,7 @@
 """Runs that start from a compressed model, and Adam's moments across the change of structure."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -136,6 +137,7 @@ def test_blocks_of_a_run_are_regrouped_on_a_coarser_grid(finished, tmp_path):
         ({"stages": ()}, r"stages=\(\) must hold pairs"),
         ({"stages": (0.5, 0.25)}, "must hold pairs"),
         ({"stages": ((0.5, "a"),)}, "must hold pairs"),
+        ({"stages": ((math.inf, 0.5),)}, "must hold pairs"),
         ({"stages": ((0.5, 0.5), (0.2, 0.5))}, "must begin at rising shares"),
         ({"stages": ((1.0, 0.5),)}, "must begin at rising shares"),
         ({"stages": ((0.999, 0.5),)}, "and leave each stage a step"),

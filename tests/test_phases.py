@@ -17,7 +17,7 @@ from gaudi_jax.compression import layer as layer_module
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import GeneralLinear
 from gaudi_jax.report import summary_table, write_report
-from gaudi_jax.training import loop
+from gaudi_jax.training import loop, restructure
 from gaudi_jax.training.load import abstract_model
 from gaudi_jax.training.metrics import read_metrics
 from gaudi_jax.training.moments import Moments, estimate_moments
@@ -69,7 +69,7 @@ def test_the_summary_tells_what_compression_cost(finished):
     assert not any("test" in name for row in begun.values() for name in row)
 
 
-@pytest.mark.parametrize("step", [2, *(pytest.param(s, marks=pytest.mark.slow) for s in (3, 4, 6))])
+@pytest.mark.parametrize("step", [2, 3, 4, 6])
 def test_resuming_in_any_phase_equals_never_stopping(finished, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step)
@@ -100,8 +100,18 @@ def test_a_signal_while_it_is_compressed_leaves_that_to_the_next_start(
     assert_same(parameters(tmp_path), parameters(finished))
 
 
+def test_the_optimizer_goes_on_with_the_moments_of_the_phase_before(
+    finished, tmp_path, monkeypatch
+):
+    made = loop.restructure
+    monkeypatch.setattr(loop, "restructure", lambda *args: made(*args)._replace(moments=None))
+    assert loop.train(phased_config(), tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same(parameters(tmp_path), parameters(finished))
+
+
 def test_learned_blocks_are_found_anew(tmp_path):
-    """The moments of factors that are gone must not become those of others."""
+    """The moments of factors that are gone do not become those of others, of other shapes."""
     config = phased_config(stages=((0.5, 0.4),))
     config.layer = tiny_config("smoke,recipe=budget").layer
     assert loop.train(config, tmp_path)
@@ -112,7 +122,6 @@ def test_learned_blocks_are_found_anew(tmp_path):
     assert max(entry["num_blocks"] for entry in plan["layers"].values()) < config.model.width
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_for_one_of_the_phase_before(finished, tmp_path):
     config = phased_config(stages=((0.5, 0.4),), method="low_rank")
     config.checkpoint.update(every=100, keep=3)
@@ -205,3 +214,35 @@ def test_moments_of_kernels_that_have_no_past_are_estimated():
     assert first.shape == model.blocks[0].mlp.fc1.kernel.shape
     assert float(jnp.abs(first).max()) > 0
     assert (second >= first**2 - 1e-12).all()  # the mean square is at least the squared mean
+
+
+def test_estimated_moments_are_of_the_gradients_that_the_optimizer_sees():
+    task = open_task(phased_config())
+    model = loop.build_model(task.config)
+    unknown = ("blocks", 0, "mlp", "fc1", "kernel")
+    plain = estimate_moments(model, Moments(jnp.int32(5), {}, {}), task, 2)
+    # As if clipping had halved all gradients.
+    halved = [
+        {path: x * scale for path, x in known.items() if path != unknown}
+        for known, scale in zip(plain[1:], (0.5, 0.25), strict=True)
+    ]
+    found = estimate_moments(model, Moments(jnp.int32(5), *halved), task, 2)
+    for known, estimated, scale in zip(plain[1:], found[1:], (0.5, 0.25), strict=True):
+        np.testing.assert_allclose(estimated[unknown], scale * known[unknown], rtol=1e-4)
+
+
+def test_moments_and_calibration_take_the_batches_in_parts():
+    config = phased_config()
+    config.data.update(mixup=0.0, cutmix=0.0, random_erasing=0.0)
+    task = open_task(config)
+    model = loop.build_model(task.config)
+    whole = estimate_moments(model, Moments(jnp.int32(5), {}, {}), task, 1)
+    inputs, _ = restructure._calibration(task)
+    config.train.accumulate = 2
+    task = open_task(config)
+    parts = estimate_moments(model, Moments(jnp.int32(5), {}, {}), task, 1)
+    for path, moment in whole.first.items():
+        np.testing.assert_allclose(parts.first[path], moment, atol=1e-5)
+    pieces = list(restructure._calibration(task))
+    assert len(pieces) == 4
+    np.testing.assert_array_equal(np.stack(pieces[:2], axis=1).reshape(inputs.shape), inputs)

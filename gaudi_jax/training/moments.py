@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from gaudi_jax.data.pipeline import first_batches
 from gaudi_jax.layers import GeneralLinear, Structural, StructuredLinear
 from gaudi_jax.training.controllers import names
-from gaudi_jax.training.step import split_model
+from gaudi_jax.training.step import mean_over_parts, split_model
 from gaudi_jax.training.tasks import Task
 
 Path = tuple
@@ -87,6 +87,9 @@ def carry_moments(moments: Moments, model: nnx.Module) -> Moments:
 def estimate_moments(model: nnx.Module, moments: Moments, task: Task, batches: int) -> Moments:
     """The moments of a model that was made dense: those of its kernels come from a few batches.
 
+    What the optimizer does to gradients before Adam sees them, such as clipping, and how short its
+    past is, show in the moments that are known: those that are estimated are scaled likewise.
+
     Args:
         model: the dense model.
         moments: of the structured model that it was made of; other parameters keep theirs.
@@ -97,20 +100,29 @@ def estimate_moments(model: nnx.Module, moments: Moments, task: Task, batches: i
 
     @jax.jit
     def gradients(params: Any, batch: Any, key: Array) -> Any:
-        def loss(params: Any) -> tuple[Array, Any]:
+        def loss(params: Any, batch: Any, key: Array) -> tuple[Array, Any]:
             return task.loss(nnx.merge(graphdef, params, other), batch, key)
 
-        return jax.grad(loss, has_aux=True)(params)[0]
+        parts = task.config.train.accumulate
+        slope = partial(jax.grad(loss, has_aux=True), params)
+        return mean_over_parts(lambda *part: slope(*part)[0], batch, key, parts)
 
-    paths = _by_path(params).keys()
-    first, second = ({p: x for p, x in known.items() if p in paths} for known in moments[1:])
-    unknown = paths - first.keys()
+    first, second = (dict.fromkeys(_by_path(params), jnp.float32(0)) for _ in range(2))
     for number, batch in enumerate(first_batches(task.train_batches(), batches)):
         arrays = {name: jnp.asarray(array) for name, array in batch.items()}
-        found = _by_path(gradients(params, arrays, jax.random.key(number)))
-        for path in unknown:
-            first[path] = first.get(path, 0) + found[path] / batches
-            second[path] = second.get(path, 0) + found[path] ** 2 / batches
+        for path, found in _by_path(gradients(params, arrays, jax.random.key(number))).items():
+            first[path] += found / batches
+            second[path] += found**2 / batches
+    known = [path for path in moments.second if path in second]
+    squares = sum((second[path].sum() for path in known), jnp.float32(0))
+    past = sum((moments.second[path].sum() for path in known), jnp.float32(0))
+    power = jnp.where(squares > 0, past / squares, 1.0)
+    for found, before, scale in (
+        (first, moments.first, jnp.sqrt(power)),
+        (second, moments.second, power),
+    ):
+        for path, moment in found.items():
+            found[path] = before[path] if path in known else moment * scale
     return Moments(moments.updates, first, second)
 
 

@@ -9,6 +9,7 @@ the model's layers are compressed to that budget.
 * ``((0.5, 0.25), (0.75, 0.25))`` finds the structure anew in the middle of its training.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def _is_stage(pair: Any) -> bool:
     return (
         isinstance(pair, tuple | list)
         and len(pair) == 2
-        and all(isinstance(number, int | float) for number in pair)
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in pair)
     )
 
 

@@ -156,6 +156,8 @@ def _compress_options(config: ConfigDict) -> dict[str, Any]:
 
 def _calibration(task: Task) -> Iterator[Any]:
     """The first training batches as the model reads them: shuffled, so that all classes occur."""
-    count = task.config.compress.calibration_batches
+    count, parts = task.config.compress.calibration_batches, task.config.train.accumulate
     for batch in first_batches(task.train_batches(), count):
-        yield task.inputs({name: jnp.asarray(array) for name, array in batch.items()})
+        inputs = task.inputs({name: jnp.asarray(array) for name, array in batch.items()})
+        for part in range(parts):  # a device may have no room for a whole batch
+            yield inputs[part::parts]
