@@ -104,15 +104,15 @@ def estimate_moments(model: nnx.Module, moments: Moments, task: Task, batches: i
             return task.loss(nnx.merge(graphdef, params, other), batch, key)
 
         parts = task.config.train.accumulate
-        slope = partial(jax.grad(loss, has_aux=True), params)
-        return mean_over_parts(lambda *part: slope(*part)[0], batch, key, parts)
+        of_part = partial(jax.grad(loss, has_aux=True), params)
+        return mean_over_parts(lambda *part: of_part(*part)[0], batch, key, parts)
 
     first, second = (dict.fromkeys(_by_path(params), jnp.float32(0)) for _ in range(2))
     for number, batch in enumerate(first_batches(task.train_batches(), batches)):
         arrays = {name: jnp.asarray(array) for name, array in batch.items()}
-        for path, found in _by_path(gradients(params, arrays, jax.random.key(number))).items():
-            first[path] += found / batches
-            second[path] += found**2 / batches
+        for path, slope in _by_path(gradients(params, arrays, jax.random.key(number))).items():
+            first[path] += slope / batches
+            second[path] += slope**2 / batches
     known = [path for path in moments.second if path in second]
     squares = sum((second[path].sum() for path in known), jnp.float32(0))
     past = sum((moments.second[path].sum() for path in known), jnp.float32(0))
