@@ -56,6 +56,8 @@ FROZEN = (
     "--config.optimizer.structural_learning_rate=0.0",
     "--config.optimizer.location_learning_rate=0.0",
 )
+#: Trained by another script than ``main.py``.
+ELSEWHERE = {"Gaudi, moved to random places at 0.3": "benchmarks/random_places.py"}
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
 GRADIENTS = VARIANT + "gradients on the structure, search at"
@@ -113,6 +115,7 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
                 f"low-rank, search at {share}": search("low-rank", share),
             }.items()
         },
+        **dict.fromkeys(ELSEWHERE, search("Gaudi", 0.3)),
         **{
             f"{kind}, search in two steps, {first} and {last}": search(
                 kind, first, last, left=half_way
@@ -172,6 +175,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     summary = train(
         task.config + arguments,
         options,
+        script=ELSEWHERE.get(method, "main.py"),
         environment=task.environment,
         keep=picture if seed == 0 and not extra else None,
     )

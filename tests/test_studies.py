@@ -11,10 +11,12 @@ import threading
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from gaudi_jax.decomposition import decompose, relative_error
 from gaudi_jax.decomposition.decompose import affordable
 
 
@@ -259,6 +261,30 @@ def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
         learning.run("digits", task, matched, 0.125, 1, [])
     job = "digits", task, matched, 0.125, 1, []
     assert learning.run_all([job], learning.run, learning.FINISHED) == [f"RunError: {sentence}"]
+
+
+# ---------------------------------------------------------------- benchmarks/random_places.py
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware):
+    rng = np.random.default_rng(0)
+    kernel = np.zeros((32, 48), np.float32)
+    kernel[4:12, 8:20] = np.outer(rng.normal(size=8), rng.normal(size=12))
+    kernel[20:28, 30:44] = np.outer(rng.normal(size=8), rng.normal(size=14))
+    kernel += 0.01 * rng.normal(size=kernel.shape)
+    x = rng.normal(size=(200, 32)).astype(np.float32)
+    moment = jnp.asarray(x.T @ x / len(x)) if aware else None
+    options = {"second_moment": moment, "rounds": 10, "granularity": (1, 1)}
+    found = decompose(kernel, 0.06, **options)
+    moved = study("random_places").elsewhere(kernel, 0.06, **options)
+    assert int(moved.multiplications()) == int(found.multiplications())
+    for one, other in zip(found.widths, moved.widths, strict=True):
+        np.testing.assert_allclose(sorted(one), sorted(other))
+    assert not np.array_equal(found.locations, moved.locations)
+    errors = [float(relative_error(kernel, each.kernel(), moment)) for each in (found, moved)]
+    # What is fitted at places is worth something, and less than at the right ones.
+    assert 2 * errors[0] < errors[1] < 0.9
 
 
 # ---------------------------------------------------------------- benchmarks/regroup.py

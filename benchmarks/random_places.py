@@ -1,0 +1,74 @@
+"""``main.py`` with a control: blocks that the search has found are moved to random places.
+
+    python benchmarks/random_places.py --config=configs/docs_gpt_gaudi.py:budget=0.125 ...
+
+Their number, sizes and costs stay, layer by layer, and so do the dense start and the calibration.
+At the new places factors are fitted as the search fits them where its windows no longer move.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from gaudi_jax.compression import layer
+from gaudi_jax.decomposition import Factors, decompose
+from gaudi_jax.decomposition.axes import PlainAxis, WeightedAxis
+from gaudi_jax.decomposition.decompose import _factors, _scaled
+from gaudi_jax.decomposition.low_rank import regularise
+from gaudi_jax.decomposition.search import weighed_error
+from gaudi_jax.decomposition.sweeps import Axes, Blocks, sweep
+from gaudi_jax.decomposition.windows import window_mask
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from main import main
+
+SWEEPS = 60
+
+
+def elsewhere(
+    kernel: Array, budget: Any, *, second_moment: Array | None, **options: Any
+) -> Factors:
+    """Blocks of the numbers and sizes that `decompose` finds, at random places."""
+    found = decompose(kernel, budget, second_moment=second_moment, **options)
+    cells = tuple(options["granularity"])
+    return fitted(kernel, second_moment, found, jax.random.key(int(found.multiplications())), cells)
+
+
+@partial(jax.jit, static_argnums=4)
+def fitted(
+    kernel: Array, moment: Array | None, found: Factors, key: Array, cell: tuple[int, int]
+) -> Factors:
+    with jax.default_matmul_precision("highest"):
+        kernel, scale = _scaled(kernel.astype(jnp.float32), jnp.abs(kernel).max())
+        n, m = kernel.shape
+        axes = Axes(PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1]))
+        if moment is not None:
+            moment = regularise(_scaled(moment.astype(jnp.float32), jnp.trace(moment) / n)[0])
+            axes = axes._replace(input=WeightedAxis.of(moment, n // cell[0]))
+        keys = jax.random.split(key, 4)
+        start, length, factors = [], [], []
+        for axis, width, place, values in zip(axes, found.widths, keys[:2], keys[2:], strict=True):
+            where = jax.random.uniform(place, width.shape)
+            start.append(axis.windows(where, where)[0])
+            length.append(jnp.round(width * axis.cells).astype(jnp.int32))
+            inside = window_mask(start[-1], length[-1], axis.cells, axis.cell)[:, None]
+            shape = found.v.shape[:2] + inside.shape[2:]
+            factors.append(jnp.where(inside, jax.random.normal(values, shape), 0))
+        blocks = Blocks(factors[0], factors[1], jnp.stack(start), jnp.stack(length)).live_first()
+        begin = weighed_error(kernel, blocks, axes), blocks
+
+        def refit(_: Any, both: tuple[Array, Blocks]) -> tuple[Array, Blocks]:
+            return sweep(*both, both[1].live.sum(), 0.0, axes, move_windows=False)
+
+        return _factors(lax.fori_loop(0, SWEEPS, refit, begin)[1], axes, scale)
+
+
+if __name__ == "__main__":
+    layer.decompose = cast(Any, elsewhere)
+    sys.exit(main(sys.argv))
