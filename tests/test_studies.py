@@ -283,8 +283,9 @@ def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware):
         np.testing.assert_allclose(sorted(one), sorted(other))
     assert not np.array_equal(found.locations, moved.locations)
     errors = [float(relative_error(kernel, each.kernel(), moment)) for each in (found, moved)]
-    # What is fitted at places is worth something, and less than at the right ones.
-    assert 2 * errors[0] < errors[1] < 0.9
+    # Two blocks hold nearly all; elsewhere what is fitted is worth little, but something.
+    assert errors[0] < 0.1
+    assert 0.5 < errors[1] < 0.99
 
 
 # ---------------------------------------------------------------- benchmarks/regroup.py
