@@ -119,7 +119,7 @@ def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> N
     }
     config.compress.update(
         method=kinds.pop(),
-        stages=((0.3, args["budget"]),),  # dense for half was worse or no better (docs/learning.md)
+        stages=((0.3, args["budget"]),),  # at small budgets better than half (docs/learning.md)
         rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
         calibration_batches=16,
         rounds=20,  # what is trained on need not be found to the last digit

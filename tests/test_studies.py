@@ -1,23 +1,17 @@
 """What the studies in benchmarks/ keep and count."""
 
 import argparse
-import ast
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-
-from gaudi_jax.decomposition import decompose, relative_error
-from gaudi_jax.decomposition.decompose import affordable
 
 
 def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
@@ -215,77 +209,6 @@ def test_finished_runs_are_not_repeated(study, tmp_path, monkeypatch, capsys):
         done.clear()
         assert capsys.readouterr().out.count("| BLAST") == 2
     assert (tmp_path / "tradeoff-digits.png").exists()
-
-
-# ---------------------------------------------------------------- benchmarks/learning.py
-
-
-def test_matched_layers_get_whole_columns_that_cost_no_less(study, tmp_path, monkeypatch):
-    learning = study("learning")
-    monkeypatch.setattr(learning.FINISHED, "path", tmp_path / "learning.csv")
-    # 4608 are 12 columns of 384; 9200 are 47.9 of 192, and 48 are a dense layer.
-    costs = {
-        "blocks/0/attention/qkv": (96, 288, 4608),
-        "blocks/0/mlp/fc1": (96, 384, 4801),
-        "blocks/0/mlp/fc2": (384, 96, 1),
-        "blocks/1/attention/out": (96, 96, 9200),
-        "head": (96, 10, 960),
-    }
-    row = {"task": "digits", "method": "Gaudi, search at 0.3", "budget": 0.125, "seed": 1}
-    learning.FINISHED.append(row | {"seed": 0, "layers": "{}"})
-    learning.FINISHED.append(row | {"method": "Gaudi, search at 0.5", "layers": "{}"})
-    learning.FINISHED.append(row | {"layers": json.dumps(costs)})
-    rules, allocation = learning._matched("digits", "Gaudi, search at 0.3", 0.125, 1)
-    assert allocation == "--config.compress.allocation=uniform"
-    shares = dict(ast.literal_eval(rules.removeprefix("--config.compress.rules=")))
-    bought = {
-        path: affordable(share, costs[path][0] * costs[path][1]) for path, share in shares.items()
-    }
-    assert bought == {
-        "blocks/0/attention/qkv": 12 * 384,
-        "blocks/0/mlp/fc1": 11 * 480,
-        "blocks/0/mlp/fc2": 480,
-        "blocks/1/attention/out": 96 * 96,
-    }
-
-
-def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
-    study, tmp_path, monkeypatch
-):
-    learning = study("learning")
-    monkeypatch.setattr(learning.FINISHED, "path", tmp_path / "learning.csv")
-    task = learning.tasks("")["digits"]
-    matched = f"{learning.MATCHED}Gaudi, search at 0.3"
-    sentence = f"{matched} needs the run digits, Gaudi, search at 0.3, 0.125, 1; run it before"
-    with pytest.raises(learning.RunError, match=f"^{re.escape(sentence)}$"):
-        learning.run("digits", task, matched, 0.125, 1, [])
-    job = "digits", task, matched, 0.125, 1, []
-    assert learning.run_all([job], learning.run, learning.FINISHED) == [f"RunError: {sentence}"]
-
-
-# ---------------------------------------------------------------- benchmarks/random_places.py
-
-
-@pytest.mark.parametrize("aware", [False, True])
-def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware):
-    rng = np.random.default_rng(0)
-    kernel = np.zeros((32, 48), np.float32)
-    kernel[4:12, 8:20] = np.outer(rng.normal(size=8), rng.normal(size=12))
-    kernel[20:28, 30:44] = np.outer(rng.normal(size=8), rng.normal(size=14))
-    kernel += 0.01 * rng.normal(size=kernel.shape)
-    x = rng.normal(size=(200, 32)).astype(np.float32)
-    moment = jnp.asarray(x.T @ x / len(x)) if aware else None
-    options = {"second_moment": moment, "rounds": 10, "granularity": (1, 1)}
-    found = decompose(kernel, 0.06, **options)
-    moved = study("random_places").elsewhere(kernel, 0.06, **options)
-    assert int(moved.multiplications()) == int(found.multiplications())
-    for one, other in zip(found.widths, moved.widths, strict=True):
-        np.testing.assert_allclose(sorted(one), sorted(other))
-    assert not np.array_equal(found.locations, moved.locations)
-    errors = [float(relative_error(kernel, each.kernel(), moment)) for each in (found, moved)]
-    # Two blocks hold nearly all; elsewhere what is fitted is worth little, but something.
-    assert errors[0] < 0.1
-    assert 0.5 < errors[1] < 0.99
 
 
 # ---------------------------------------------------------------- benchmarks/regroup.py
