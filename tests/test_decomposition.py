@@ -160,7 +160,9 @@ def test_planted_aligned_blocks_are_found():
     assert float(relative_error(w, factors.kernel())) < 1e-5
 
 
-def test_deterministic_and_batched():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_deterministic_and_batched(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # a CPU takes one at a time
     stack = jnp.stack([kernel(0), kernel(1)])
     budgets = np.array([0.5, 0.3])
     together = decompose(stack, budgets, rounds=ROUNDS)

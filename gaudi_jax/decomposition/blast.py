@@ -147,7 +147,8 @@ class Metric(NamedTuple):
 def _towards_v(v, s, u, gradient, ridge, metric):
     gram = jnp.einsum("ijk,ijl,jkl->ikl", s, s, jnp.einsum("jkm,jlm->jkl", u, u))
     slope = jnp.einsum("injm,ijk,jkm->ikn", gradient, s, u)
-    return preconditioned(gram, metric.undone(slope), ridge)
+    # One after the other: see `gaudi_jax.decomposition.sweeps.root`.
+    return metric.undone(preconditioned(gram, slope, ridge))
 
 
 def _towards_s(v, s, u, gradient, ridge, metric):

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +81,7 @@ def decompose(
     where the search finds nothing better.
 
     Deterministic for a key. Works under `jax.jit` and `jax.vmap`; kernels of one shape may also be
-    stacked on leading axes, and are then searched together.
+    stacked on leading axes, and are then searched together (on a CPU one after the other).
 
     Args:
         kernel: dense kernel, shape (..., in, out).
@@ -134,9 +134,15 @@ def decompose(
     goals = [min(affordable(budget, n * m), most) for budget in budgets.flat]
     each = jnp.array(goals, jnp.int32).reshape(batch)
     one = lambda kernel, moment, goal: run(kernel, moment, goal, jnp.int32(rounds), key)  # noqa: E731
+    # Together they are no faster on a CPU, where their linear algebra may wait for ever (`root`).
+    mapped = _one_by_one if jax.default_backend() == "cpu" else jax.vmap
     for _ in batch:  # the moment may be None, which has nothing to map over
-        one = jax.vmap(one)
+        one = mapped(one)
     return one(kernel, second_moment, each)
+
+
+def _one_by_one(function: Callable[..., Factors]) -> Callable[..., Factors]:
+    return lambda *args: lax.map(lambda arg: function(*arg), args)
 
 
 def affordable(budget: float, dense: int) -> int:

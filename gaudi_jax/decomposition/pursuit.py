@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gaudi_jax.decomposition.axes import Axis
-from gaudi_jax.decomposition.sweeps import Axes, Blocks, orthonormalise
+from gaudi_jax.decomposition.sweeps import Axes, Blocks, gram, root, solved
 
 #: Columns of the blocks sought at once, and the fewest blocks.
 COLUMNS, FEWEST = 32, 8
@@ -123,7 +123,7 @@ def _project(x: Float[Array, "K rank a"], error: Float[Array, "a c"]) -> Float[A
 
 
 def _normalise(axis: Axis, x: Array) -> Array:
-    return orthonormalise(x, axis.weigh(x), x)[0]
+    return solved(root(gram(axis.weigh(x), x)), x)
 
 
 def _unit(x: Float[Array, "K rank n"]) -> Array:

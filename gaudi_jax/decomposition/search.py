@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from gaudi_jax.decomposition.axes import WeightedAxis
 from gaudi_jax.decomposition.low_rank import svd_factors
 from gaudi_jax.decomposition.pursuit import add_blocks
-from gaudi_jax.decomposition.sweeps import Axes, Blocks, orthonormalise, sweep
+from gaudi_jax.decomposition.sweeps import Axes, Blocks, carried, gram, root, sweep
 from gaudi_jax.decomposition.windows import window_mask
 
 #: The first price over the energy per multiplication of the first component beyond the budget.
@@ -147,8 +147,11 @@ def _warm_price(blocks: Blocks, axes: Axes) -> Array:
 
 def _energies(blocks: Blocks, axes: Axes) -> tuple[Array, Array]:
     """Energies of the cells of both axes, in the order in which each axis keeps them."""
-    _, _, v = orthonormalise(blocks.u, blocks.u, blocks.v)
-    _, _, u = orthonormalise(blocks.v, axes.input.weigh(blocks.v), blocks.u)
+    v, u, _, _ = blocks
+    # In one call: see `root`.
+    both = root(jnp.concatenate([gram(u, u), gram(axes.input.weigh(v), v)]))
+    of_u, of_v = jnp.split(both, 2)
+    v, u = carried(of_u, v), carried(of_v, u)
     return axes.input.own_energies(v, blocks.start[0]), axes.output.own_energies(u, blocks.start[1])
 
 

@@ -203,18 +203,50 @@ def orthonormalise(
     Returns:
         The three, changed so that ``movingᵀ fixed`` of each block is as it was.
     """
-    gram = jnp.einsum("bra,bsa->brs", weighed, fixed)
-    rank = fixed.shape[1]
+    lower = root(gram(weighed, fixed))
+    if fixed.shape[1] == 1:  # nothing to be put together
+        return solved(lower, fixed), solved(lower, weighed), carried(lower, moving)
+    # In one call: see `root`.
+    both = solved(lower, jnp.concatenate([fixed, weighed], axis=2))
+    fixed, weighed = jnp.split(both, [fixed.shape[2]], axis=2)
+    return fixed, weighed, carried(lower, moving)
+
+
+def gram(
+    weighed: Float[Array, "b rank a"], fixed: Float[Array, "b rank a"]
+) -> Float[Array, "b rank rank"]:
+    """Inner products of each block's columns under C."""
+    return jnp.einsum("bra,bsa->brs", weighed, fixed)
+
+
+def root(gram: Float[Array, "b rank rank"]) -> Float[Array, "b rank rank"]:
+    """Cholesky factors of Gram matrices, which may be singular.
+
+    On a CPU the threads that carry out batches of linear algebra wait for threads of the pool that
+    they belong to (jaxlib 0.10): as many such calls as there are threads can wait for ever. So no
+    two of them in a program may be independent of each other.
+    """
+    rank = gram.shape[1]
     if rank == 1:
-        norm = jnp.sqrt(jnp.maximum(gram, TINY))
-        return fixed / norm, weighed / norm, moving * norm
+        return jnp.sqrt(jnp.maximum(gram, TINY))
     size = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
-    lower = jnp.linalg.cholesky(gram + (JITTER * size + TINY) * jnp.eye(rank))
+    return jnp.linalg.cholesky(gram + (JITTER * size + TINY) * jnp.eye(rank))
 
-    def solve(x):
-        return lax.linalg.triangular_solve(lower, x, left_side=True, lower=True)
 
-    return solve(fixed), solve(weighed), jnp.einsum("bsr,bsc->brc", lower, moving)
+def solved(
+    lower: Float[Array, "b rank rank"], x: Float[Array, "b rank a"]
+) -> Float[Array, "b rank a"]:
+    """Rows x made orthonormal by the root of their Gram matrix."""
+    if lower.shape[1] == 1:
+        return x / lower
+    return lax.linalg.triangular_solve(lower, x, left_side=True, lower=True)
+
+
+def carried(
+    lower: Float[Array, "b rank rank"], moving: Float[Array, "b rank c"]
+) -> Float[Array, "b rank c"]:
+    """What the other factor must be then."""
+    return moving * lower if lower.shape[1] == 1 else jnp.einsum("bsr,bsc->brc", lower, moving)
 
 
 def _columns(x: Float[Array, "b rank n"]) -> Float[Array, "k n"]:
