@@ -109,6 +109,7 @@ def form_of(layer: GaudiLinear, form: str, tokens: int) -> Any:
         tokens,
         use_bias=layer.bias is not None,
         dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
     )
     if layer.bias is not None:
         low_rank.bias.set_value(layer.bias.get_value())

@@ -5,7 +5,8 @@
         [--seeds 5]
     python benchmarks/learning.py --quick
 
-Trains every combination through ``main.py``, two runs at a time with one core each; the tasks
+Trains every combination through ``main.py`` (one control through ``random_places.py``), two runs
+at a time with one core each; the tasks
 ``shakespeare-gpu`` and ``cifar-gpu`` one at a time, on a GPU. Finished runs are kept in
 ``benchmarks/results/learning.csv`` and not repeated. Choices are made on the validation split; the
 test split is read once, at the end of a run. Prints a table for each task and draws

@@ -32,12 +32,20 @@ SWEEPS = 60
 
 
 def elsewhere(
-    kernel: Array, budget: Any, *, second_moment: Array | None, **options: Any
+    kernel: Array, budget: Any, *, key: Array, second_moment: Array | None = None, **options: Any
 ) -> Factors:
     """Blocks of the numbers and sizes that `decompose` finds, at random places."""
-    found = decompose(kernel, budget, second_moment=second_moment, **options)
-    cells = tuple(options["granularity"])
-    return fitted(kernel, second_moment, found, jax.random.key(int(found.multiplications())), cells)
+    if kernel.ndim > 2:  # layers that are searched together
+        moments = [None] * len(kernel) if second_moment is None else second_moment
+        each = [
+            elsewhere(one, goal, key=key, second_moment=moment, **options)
+            for one, goal, moment in zip(kernel, budget, moments, strict=True)
+        ]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
+    found = decompose(kernel, budget, second_moment=second_moment, key=key, **options)
+    # Layers of one model differ in what they cost.
+    place = jax.random.fold_in(key, int(found.multiplications()))
+    return fitted(kernel, second_moment, found, place, tuple(options["granularity"]))
 
 
 @partial(jax.jit, static_argnums=4)

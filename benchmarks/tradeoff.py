@@ -152,7 +152,7 @@ def table(rows: Sequence[Row], measure: str) -> str:
 
 
 def paired_table(rows: Sequence[Row]) -> str:
-    """What each kind of layer loses against Gaudi layers of the same seed and budget."""
+    """What each kind of layer loses against Gaudi layers of its seed, and of its budget."""
     by_group, lines = groups(rows), []
     for (kind, budget), ours in by_budget(rows):
         for method in METHODS if kind == "Gaudi" else ():

@@ -260,6 +260,23 @@ def test_bfloat16_and_jit():
     assert gaudi_jax.harden(half)[0](x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_older_packed_models_keep_the_dtype_of_the_parameters(tmp_path):
+    layer = nnx.Sequential(layer_of(0, (8, 8), (8, 8), 1, 4))
+    packed, plan = gaudi_jax.harden(layer)
+    layer.layers[0].dtype = packed.layers[0].dtype = jnp.bfloat16  # and float32 parameters
+    for entry in plan["layers"].values():
+        del entry["param_dtype"]
+    gaudi_jax.save(tmp_path / "packed", packed, plan)
+    again = gaudi_jax.load(tmp_path / "packed", into=layer)
+    for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (packed, again)), strict=True):
+        assert one.dtype == other.dtype == jnp.float32
+        np.testing.assert_array_equal(one, other)
+    for entry in plan["layers"].values():
+        entry["param_dtype"] = "float31"
+    with pytest.raises(UserError, match="param_dtype='float31' of layer 'layers/0'"):
+        gaudi_jax.rebuild(layer, plan)
+
+
 @pytest.mark.parametrize("cells", [False, True])
 def test_values_are_held_in_the_dtype_of_the_computation_where_it_is_smaller(cells):
     layer = layer_of(0, (8, 8), (8, 8), 1, 4)
@@ -286,6 +303,7 @@ def test_narrow_values_are_saved_and_loaded(tmp_path):
     packed, plan = gaudi_jax.harden(layer)
     gaudi_jax.save(tmp_path / "packed", packed, plan)
     again = gaudi_jax.load(tmp_path / "packed", into=layer)
+    assert json.loads(json.dumps(plan))["layers"]["layers/0"]["param_dtype"] == "bfloat16"
     for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (packed, again)), strict=True):
         assert one.dtype == other.dtype == jnp.bfloat16
         np.testing.assert_array_equal(one, other)

@@ -112,7 +112,16 @@ def _pack(model: nnx.Module, plan: Mapping[str, Any]) -> None:
     _check_model(plan, found, left)
     for path, entry in plan["layers"].items():
         layer = found[path]
-        empty = functools.partial(PackedLinear.in_place_of, layer, _layout(path, entry))
+        # Plans without this entry are older: the layer kept the dtype of its parameters.
+        dtype = entry.get("param_dtype", layer.param_dtype)
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError:
+            raise UserError(
+                f"param_dtype={dtype!r} of layer {path!r} in the plan is no dtype; give the plan "
+                "that gaudi_jax.harden returned"
+            ) from None
+        empty = functools.partial(PackedLinear.in_place_of, layer, _layout(path, entry), dtype)
         abstract = isinstance(layer.v.get_value(), jax.ShapeDtypeStruct)
         become(layer, nnx.eval_shape(empty) if abstract else empty())
 

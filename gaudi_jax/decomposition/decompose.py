@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,8 +80,9 @@ def decompose(
     moment: than `svd_factors` with it, up to the ridge that both add to the moment), which is taken
     where the search finds nothing better.
 
-    Deterministic for a key. Works under `jax.jit` and `jax.vmap`; kernels of one shape may also be
-    stacked on leading axes, and are then searched together (on a CPU one after the other).
+    Deterministic for a key. Works under `jax.jit`. Kernels of one shape may be stacked on leading
+    axes, and are then searched together; on a CPU one after the other, where `jax.vmap` of this
+    function could wait for itself for ever (`gaudi_jax.decomposition.sweeps.root`).
 
     Args:
         kernel: dense kernel, shape (..., in, out).
@@ -128,21 +129,21 @@ def decompose(
             )
     thorough = rounds >= ROUNDS and n * m <= LARGE_KERNEL
     paces = (QUICK, CAREFUL) if thorough else (QUICK,)
-    run = functools.partial(_decompose, rank=rank, cell=cell, paces=paces)
     key = jax.random.key(0) if key is None else key
     most = jnp.iinfo(jnp.int32).max
     goals = [min(affordable(budget, n * m), most) for budget in budgets.flat]
     each = jnp.array(goals, jnp.int32).reshape(batch)
-    one = lambda kernel, moment, goal: run(kernel, moment, goal, jnp.int32(rounds), key)  # noqa: E731
+    static = {"rank": rank, "cell": cell, "paces": paces}
+    if not batch:
+        return _decompose(kernel, second_moment, each, jnp.int32(rounds), key, **static)
+    # The moment may be None.
+    stacks = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[len(batch) :]), (kernel, second_moment, each)
+    )
     # Together they are no faster on a CPU, where their linear algebra may wait for ever (`root`).
-    mapped = _one_by_one if jax.default_backend() == "cpu" else jax.vmap
-    for _ in batch:  # the moment may be None, which has nothing to map over
-        one = mapped(one)
-    return one(kernel, second_moment, each)
-
-
-def _one_by_one(function: Callable[..., Factors]) -> Callable[..., Factors]:
-    return lambda *args: lax.map(lambda arg: function(*arg), args)
+    together = jax.default_backend() != "cpu"
+    found = _decompose_all(*stacks, jnp.int32(rounds), key, together=together, **static)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
 
 
 def affordable(budget: float, dense: int) -> int:
@@ -184,6 +185,25 @@ def relative_error(
 
     total = energy(kernel)
     return jnp.sqrt(jnp.maximum(energy(kernel - approximation), 0) / jnp.maximum(total, 1e-30))
+
+
+@functools.partial(jax.jit, static_argnames=("together", "rank", "cell", "paces"))
+def _decompose_all(
+    kernels: Array,
+    moments: Array | None,
+    goals: Array,
+    rounds: Array,
+    key: Array,
+    *,
+    together: bool,
+    **static: Any,
+) -> Factors:
+    def one(kernel: Array, moment: Array | None, goal: Array) -> Factors:
+        return _decompose(kernel, moment, goal, rounds, key, **static)
+
+    if together:
+        return jax.vmap(one)(kernels, moments, goals)
+    return lax.map(lambda each: one(*each), (kernels, moments, goals))
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "cell", "paces"))

@@ -219,18 +219,18 @@ def gram(
     return jnp.einsum("bra,bsa->brs", weighed, fixed)
 
 
-def root(gram: Float[Array, "b rank rank"]) -> Float[Array, "b rank rank"]:
+def root(products: Float[Array, "b rank rank"]) -> Float[Array, "b rank rank"]:
     """Cholesky factors of Gram matrices, which may be singular.
 
     On a CPU the threads that carry out batches of linear algebra wait for threads of the pool that
     they belong to (jaxlib 0.10): as many such calls as there are threads can wait for ever. So no
     two of them in a program may be independent of each other.
     """
-    rank = gram.shape[1]
+    rank = products.shape[1]
     if rank == 1:
-        return jnp.sqrt(jnp.maximum(gram, TINY))
-    size = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
-    return jnp.linalg.cholesky(gram + (JITTER * size + TINY) * jnp.eye(rank))
+        return jnp.sqrt(jnp.maximum(products, TINY))
+    size = jnp.trace(products, axis1=1, axis2=2)[:, None, None]
+    return jnp.linalg.cholesky(products + (JITTER * size + TINY) * jnp.eye(rank))
 
 
 def solved(

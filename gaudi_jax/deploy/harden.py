@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from gaudi_jax.compression.compress import Compressed
@@ -141,5 +142,6 @@ def _entry(packed: PackedLinear) -> dict[str, Any]:
         "activation_error": None,
         "multiplications": int(packed.multiplications()),
         "dense_multiplications": n * m,
+        "param_dtype": jnp.dtype(packed.param_dtype).name,
         "layout": None if packed.layout is None else packed.layout.to_lists(),
     }

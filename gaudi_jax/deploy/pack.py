@@ -101,7 +101,10 @@ class Packer:
 
     def _empty(self, layout: Layout | Tiles | Cells | None) -> PackedLinear:
         """The packed form with its bias, and zeros."""
-        packed = PackedLinear.in_place_of(self.layer, layout)
+        # Values of a larger dtype than that of the computation would be rounded at every call.
+        dtypes = jnp.dtype(self.layer.param_dtype), self.dtype
+        smaller = min(dtypes, key=lambda dtype: dtype.itemsize)
+        packed = PackedLinear.in_place_of(self.layer, layout, smaller)
         if packed.bias is not None and self.layer.bias is not None:
             packed.bias.set_value(self.layer.bias[...].astype(packed.param_dtype))
         return packed

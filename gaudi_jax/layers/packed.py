@@ -177,21 +177,16 @@ class PackedLinear(StructuredLinear):
 
     @classmethod
     def in_place_of(
-        cls, layer: StructuredLinear, layout: Layout | Tiles | Cells | None
+        cls, layer: StructuredLinear, layout: Layout | Tiles | Cells | None, param_dtype: Any
     ) -> "PackedLinear":
-        """The packed layer, all zeros, that computes as another layer does.
-
-        It holds its values in the dtype in which it computes, where that is the smaller one: they
-        would be rounded to it at every call.
-        """
-        dtypes = [jnp.dtype(each) for each in (layer.param_dtype, layer.dtype) if each is not None]
+        """The packed layer, all zeros, that computes as another layer does."""
         return cls(
             layer.in_features,
             layer.out_features,
             layout,
             use_bias=layer.bias is not None,
             dtype=layer.dtype,
-            param_dtype=min(dtypes, key=lambda dtype: dtype.itemsize),
+            param_dtype=param_dtype,
         )
 
     def fill(self, left: Float[np.ndarray, "k in"], right: Float[np.ndarray, "k out"]) -> None:

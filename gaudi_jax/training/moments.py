@@ -87,8 +87,8 @@ def carry_moments(moments: Moments, model: nnx.Module) -> Moments:
 def estimate_moments(model: nnx.Module, moments: Moments, task: Task, batches: int) -> Moments:
     """The moments of a model that was made dense: those of its kernels come from a few batches.
 
-    What the optimizer does to gradients before Adam sees them, such as clipping, and how short its
-    past is, show in the moments that are known: those that are estimated are scaled likewise.
+    What the optimizer does to gradients before Adam sees them, such as clipping, shows in the
+    moments that are known: those that are estimated are scaled likewise.
 
     Args:
         model: the dense model.
@@ -113,13 +113,16 @@ def estimate_moments(model: nnx.Module, moments: Moments, task: Task, batches: i
         for path, slope in _by_path(gradients(params, arrays, jax.random.key(number))).items():
             first[path] += slope / batches
             second[path] += slope**2 / batches
+    options = task.config.optimizer
+    # Adam's running means begin at zero, and it knows how short their past is.
+    weights = [1 - decay**moments.updates for decay in (options.b1, options.b2)]
     known = [path for path in moments.second if path in second]
-    squares = sum((second[path].sum() for path in known), jnp.float32(0))
+    squares = weights[1] * sum((second[path].sum() for path in known), jnp.float32(0))
     past = sum((moments.second[path].sum() for path in known), jnp.float32(0))
     power = jnp.where(squares > 0, past / squares, 1.0)
     for found, before, scale in (
-        (first, moments.first, jnp.sqrt(power)),
-        (second, moments.second, power),
+        (first, moments.first, weights[0] * jnp.sqrt(power)),
+        (second, moments.second, weights[1] * power),
     ):
         for path, moment in found.items():
             found[path] = before[path] if path in known else moment * scale
