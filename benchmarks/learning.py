@@ -58,7 +58,10 @@ FROZEN = (
     "--config.optimizer.location_learning_rate=0.0",
 )
 #: Trained by another script than ``main.py``.
-ELSEWHERE = {"Gaudi, moved to random places at 0.3": "benchmarks/random_places.py"}
+ELSEWHERE = {
+    "Gaudi, moved to random places at 0.3": ("benchmarks/random_places.py", "found"),
+    "Gaudi, of one size at random places at 0.3": ("benchmarks/random_places.py", "even"),
+}
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
 GRADIENTS = VARIANT + "gradients on the structure, search at"
@@ -176,7 +179,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     summary = train(
         task.config + arguments,
         options,
-        script=ELSEWHERE.get(method, "main.py"),
+        script=ELSEWHERE.get(method, ("main.py",)),
         environment=task.environment,
         keep=picture if seed == 0 and not extra else None,
     )

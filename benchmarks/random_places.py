@@ -1,9 +1,10 @@
-"""``main.py`` with a control: blocks that the search has found are moved to random places.
+"""``main.py`` with a control: instead of the blocks that the search finds, blocks at random places.
 
-    python benchmarks/random_places.py --config=configs/docs_gpt_gaudi.py:budget=0.125 ...
+    python benchmarks/random_places.py found --config=configs/docs_gpt_gaudi.py:budget=0.125 ...
 
-Their number, sizes and costs stay, layer by layer, and so do the dense start and the calibration.
-At the new places factors are fitted as the search fits them where its windows no longer move.
+They have the sizes that the search has *found*; or one size, *even*, and are as many as there can
+be (on a grid of 1 alone). What they cost stays, layer by layer, and so do the dense start and the
+calibration. Their factors are fitted as the search fits them where its windows no longer move.
 """
 
 import sys
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from gaudi_jax.compression import layer
@@ -32,20 +34,43 @@ SWEEPS = 60
 
 
 def elsewhere(
-    kernel: Array, budget: Any, *, key: Array, second_moment: Array | None = None, **options: Any
+    kernel: Array,
+    budget: Any,
+    *,
+    sizes: str,
+    key: Array,
+    second_moment: Array | None = None,
+    **options: Any,
 ) -> Factors:
-    """Blocks of the numbers and sizes that `decompose` finds, at random places."""
+    """Blocks at random places, of the sizes that `decompose` finds or of one size."""
     if kernel.ndim > 2:  # layers that are searched together
         moments = [None] * len(kernel) if second_moment is None else second_moment
         each = [
-            elsewhere(one, goal, key=key, second_moment=moment, **options)
+            elsewhere(one, goal, sizes=sizes, key=key, second_moment=moment, **options)
             for one, goal, moment in zip(kernel, budget, moments, strict=True)
         ]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
     found = decompose(kernel, budget, second_moment=second_moment, key=key, **options)
     # Layers of one model differ in what they cost.
     place = jax.random.fold_in(key, int(found.multiplications()))
+    if sizes == "even":
+        found = found._replace(widths=even_widths(kernel.shape, found))
     return fitted(kernel, second_moment, found, place, tuple(options["granularity"]))
+
+
+def even_widths(shape: tuple[int, ...], found: Factors) -> Array:
+    """Widths of one size but for the last feature, for blocks of rank 1 that cost the same."""
+    (n, m), cost = shape, int(found.multiplications())
+    blocks = min(len(found.v), cost // 2)
+    each = [max(1, cost // blocks * size // (n + m)) for size in shape]
+    lengths = np.zeros((2, len(found.v)))
+    lengths[:, :blocks] = np.array(each)[:, None]
+    rest = cost - blocks * sum(each)
+    for axis in (1, 0):
+        more = min(max(rest, 0), blocks)
+        lengths[axis, :more] += 1
+        rest -= more
+    return jnp.asarray(lengths / np.array([[n], [m]]), jnp.float32)
 
 
 @partial(jax.jit, static_argnums=4)
@@ -78,5 +103,5 @@ def fitted(
 
 
 if __name__ == "__main__":
-    layer.decompose = cast(Any, elsewhere)
+    layer.decompose = cast(Any, partial(elsewhere, sizes=sys.argv.pop(1)))
     sys.exit(main(sys.argv))
