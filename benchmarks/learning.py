@@ -61,6 +61,7 @@ FROZEN = (
 ELSEWHERE = {
     "Gaudi, moved to random places at 0.3": ("benchmarks/random_places.py", "found"),
     "Gaudi, of one size at random places at 0.3": ("benchmarks/random_places.py", "even"),
+    "Gaudi, of one size at random places at 0.3, grid 1/8": ("benchmarks/random_places.py", "even"),
 }
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
@@ -83,6 +84,7 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
     def with_options(method: Method, *options: str) -> Method:
         return method[0], (*method[1], *options)
 
+    on_grid = (f"--config.compress.granularity={task.width // 8}",)
     half_way = (1 + budget) / 2, budget
     random = [
         f"--config.layer.{part}.{option}"
@@ -111,15 +113,15 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
             for share in (0.3, 0.5)
             for name, method in {
                 f"{SEARCH} {share}": search("Gaudi", share),
-                f"{SEARCH} {share}{GRID}": with_options(
-                    search("Gaudi", share),
-                    f"--config.compress.granularity={task.width // 8}",
-                ),
+                f"{SEARCH} {share}{GRID}": with_options(search("Gaudi", share), *on_grid),
                 f"{MATCHED}{SEARCH} {share}": search("low-rank", share),
                 f"low-rank, search at {share}": search("low-rank", share),
             }.items()
         },
-        **dict.fromkeys(ELSEWHERE, search("Gaudi", 0.3)),
+        **{
+            name: with_options(search("Gaudi", 0.3), *(on_grid if name.endswith(GRID) else ()))
+            for name in ELSEWHERE
+        },
         **{
             f"{kind}, search in two steps, {first} and {last}": search(
                 kind, first, last, left=half_way

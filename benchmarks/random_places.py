@@ -2,9 +2,10 @@
 
     python benchmarks/random_places.py found --config=configs/docs_gpt_gaudi.py:budget=0.125 ...
 
-They have the sizes that the search has *found*; or one size, *even*, and are as many as there can
-be (on a grid of 1 alone). What they cost stays, layer by layer, and so do the dense start and the
-calibration. Their factors are fitted as the search fits them where its windows no longer move.
+They have the sizes that the search has *found*; or one size but for a cell, *even*, and are as many
+as there can be. What they cost stays (but for less than a cell), layer by layer, and so do the
+dense start and the calibration. Their factors are fitted as the search fits them where its windows
+no longer move.
 """
 
 import sys
@@ -53,24 +54,24 @@ def elsewhere(
     found = decompose(kernel, budget, second_moment=second_moment, key=key, **options)
     # Layers of one model differ in what they cost.
     place = jax.random.fold_in(key, int(found.multiplications()))
+    cell = tuple(options["granularity"])
     if sizes == "even":
-        found = found._replace(widths=even_widths(kernel.shape, found))
-    return fitted(kernel, second_moment, found, place, tuple(options["granularity"]))
+        cost = int(found.multiplications())
+        found = found._replace(widths=even_widths(kernel.shape, cell, cost, len(found.v)))
+    return fitted(kernel, second_moment, found, place, cell)
 
 
-def even_widths(shape: tuple[int, ...], found: Factors) -> Array:
-    """Widths of one size but for the last feature, for blocks of rank 1 that cost the same."""
-    (n, m), cost = shape, int(found.multiplications())
-    blocks = min(len(found.v), cost // 2)
-    each = [max(1, cost // blocks * size // (n + m)) for size in shape]
-    lengths = np.zeros((2, len(found.v)))
-    lengths[:, :blocks] = np.array(each)[:, None]
-    rest = cost - blocks * sum(each)
-    for axis in (1, 0):
-        more = min(max(rest, 0), blocks)
-        lengths[axis, :more] += 1
-        rest -= more
-    return jnp.asarray(lengths / np.array([[n], [m]]), jnp.float32)
+def even_widths(shape: tuple[int, ...], cell: tuple[int, int], cost: int, most: int) -> Array:
+    """Widths of one size but for a cell, of as many blocks of rank 1 as a cost buys."""
+    blocks = min(most, cost // sum(cell))
+    each, share = cost // blocks, shape[0] / sum(shape)
+    first = np.clip(int(each * share), cell[0], each - cell[1]) // cell[0] * cell[0]
+    lengths = np.zeros((2, most), int)
+    lengths[:, :blocks] = [[first], [(each - first) // cell[1] * cell[1]]]
+    for axis in (1, 0, 1):  # on a grid, what is left may buy a second cell
+        more = min((cost - lengths.sum()) // cell[axis], blocks)
+        lengths[axis, :more] += cell[axis]
+    return jnp.asarray(lengths / np.array(shape)[:, None], jnp.float32)
 
 
 @partial(jax.jit, static_argnums=4)

@@ -111,6 +111,16 @@ def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
     assert learning.run_all([job], learning.run, learning.FINISHED) == [f"RunError: {sentence}"]
 
 
+@pytest.mark.parametrize(("cell", "cost"), [((1, 1), 460), ((4, 4), 460), ((4, 4), 350)])
+def test_blocks_of_one_size_spend_what_the_found_ones_cost(study, cell, cost):
+    widths = study("random_places").even_widths((32, 48), cell, cost, 32)
+    lengths = widths * np.array([[32], [48]])
+    assert cost - min(cell) < lengths.sum() <= cost + 1e-3
+    assert (lengths > 0.5).all()
+    assert (np.ptp(lengths, axis=1) <= cell[0] + 0.01).all()
+    np.testing.assert_allclose(lengths, np.round(lengths / cell[0]) * cell[0], atol=1e-3)
+
+
 @pytest.mark.parametrize(("sizes", "budget"), [("found", 0.06), ("even", 0.3)])
 @pytest.mark.parametrize("aware", [False, True])
 def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware, sizes, budget):
