@@ -58,11 +58,7 @@ FROZEN = (
     "--config.optimizer.location_learning_rate=0.0",
 )
 #: Trained by another script than ``main.py``.
-ELSEWHERE = {
-    "Gaudi, moved to random places at 0.3": ("benchmarks/random_places.py", "found"),
-    "Gaudi, of one size at random places at 0.3": ("benchmarks/random_places.py", "even"),
-    "Gaudi, of one size at random places at 0.3, grid 1/8": ("benchmarks/random_places.py", "even"),
-}
+ELSEWHERE = {"Gaudi, moved to random places at 0.3": "benchmarks/random_places.py"}
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
 GRADIENTS = VARIANT + "gradients on the structure, search at"
@@ -118,9 +114,12 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
                 f"low-rank, search at {share}": search("low-rank", share),
             }.items()
         },
+        **dict.fromkeys(ELSEWHERE, search("Gaudi", 0.3)),
         **{
-            name: with_options(search("Gaudi", 0.3), *(on_grid if name.endswith(GRID) else ()))
-            for name in ELSEWHERE
+            f"Gaudi, of one size at random places at 0.3{suffix}": with_options(
+                search("Gaudi", 0.3), "--config.compress.method=scattered", *options
+            )
+            for suffix, options in {"": (), GRID: on_grid}.items()
         },
         **{
             f"{kind}, search in two steps, {first} and {last}": search(
@@ -181,7 +180,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     summary = train(
         task.config + arguments,
         options,
-        script=ELSEWHERE.get(method, ("main.py",)),
+        script=ELSEWHERE.get(method, "main.py"),
         environment=task.environment,
         keep=picture if seed == 0 and not extra else None,
     )

@@ -41,7 +41,7 @@ def train(
     config: str,
     options: Iterable[str] = (),
     *,
-    script: Sequence[str] = ("main.py",),
+    script: str = "main.py",
     environment: Mapping[str, str] = ONE_CORE,
     keep: Path | None = None,
     measure: Callable[[str], Row] | None = None,
@@ -51,7 +51,7 @@ def train(
     Args:
         config: file in ``configs/``, with its arguments.
         options: others of the command line.
-        script: what is run, as ``main.py`` is, and its first arguments.
+        script: what is run, as ``main.py`` is.
         environment: variables that say where it runs.
         keep: where the pictures of the masks are copied.
         measure: what else is read off the workdir, which is gone afterwards.
@@ -60,7 +60,7 @@ def train(
         start, waited, code = time.perf_counter(), _trainings.stopped, commit()
         command = [
             sys.executable,
-            *script,
+            script,
             f"--config=configs/{config}",
             f"--workdir={workdir}",
             *options,

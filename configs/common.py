@@ -126,7 +126,8 @@ def base_config() -> ConfigDict:
     config.layer = ConfigDict({"attention": {"name": "dense"}, "mlp": {"name": "dense"}})
     config.compress = ConfigDict(
         {
-            # gaudi, low_rank, monarch, blast, block_sparse or best: compresses the dense layers
+            # What the dense layers become: gaudi, scattered, low_rank, monarch, blast, block_sparse
+            # or best.
             "method": "none",
             # (after this share of the steps, multiplications over dense of the layers that match)
             "stages": ((0.0, 0.25),),

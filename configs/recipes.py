@@ -149,10 +149,10 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
     Raises:
         UserError: the method is unknown.
     """
-    methods = ("gaudi", "low_rank", *GRID_LAYERS, "best")
+    methods = ("gaudi", "scattered", "low_rank", *GRID_LAYERS, "best")
     if args["method"] not in methods:
         raise UserError(f"unknown method {args['method']!r}; use {', '.join(methods)}")
-    if args["method"] not in ("gaudi", "best"):
+    if args["method"] not in ("gaudi", "scattered", "best"):
         args.reject("granularity", because=f"on method={args['method']}")
     config.init_from = args["dense"]
     if not args["dense"]:

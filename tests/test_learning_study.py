@@ -111,19 +111,8 @@ def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
     assert learning.run_all([job], learning.run, learning.FINISHED) == [f"RunError: {sentence}"]
 
 
-@pytest.mark.parametrize(("cell", "cost"), [((1, 1), 460), ((4, 4), 460), ((4, 4), 350)])
-def test_blocks_of_one_size_spend_what_the_found_ones_cost(study, cell, cost):
-    widths = study("random_places").even_widths((32, 48), cell, cost, 32)
-    lengths = widths * np.array([[32], [48]])
-    assert cost - min(cell) < lengths.sum() <= cost + 1e-3
-    assert (lengths > 0.5).all()
-    assert (np.ptp(lengths, axis=1) <= cell[0] + 0.01).all()
-    np.testing.assert_allclose(lengths, np.round(lengths / cell[0]) * cell[0], atol=1e-3)
-
-
-@pytest.mark.parametrize(("sizes", "budget"), [("found", 0.06), ("even", 0.3)])
 @pytest.mark.parametrize("aware", [False, True])
-def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware, sizes, budget):
+def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware):
     rng = np.random.default_rng(0)
     kernel = np.zeros((32, 48), np.float32)
     kernel[4:12, 8:20] = np.outer(rng.normal(size=8), rng.normal(size=12))
@@ -133,15 +122,11 @@ def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware, sizes
     moment = jnp.asarray(x.T @ x / len(x)) if aware else None
     options = {"rounds": 10, "granularity": (1, 1), "key": jax.random.key(0)}
     options["second_moment"] = moment
-    found = decompose(kernel, budget, **options)
-    moved = study("random_places").elsewhere(kernel, budget, sizes=sizes, **options)
+    found = decompose(kernel, 0.06, **options)
+    moved = study("random_places").elsewhere(kernel, 0.06, **options)
     assert int(moved.multiplications()) == int(found.multiplications())
-    for one, other, size in zip(found.widths, moved.widths, kernel.shape, strict=True):
-        if sizes == "found":
-            np.testing.assert_allclose(sorted(one), sorted(other))
-        else:
-            assert len(other) == 32
-            assert 0 <= size * (other.max() - other.min()) < 1.01
+    for one, other in zip(found.widths, moved.widths, strict=True):
+        np.testing.assert_allclose(sorted(one), sorted(other))
     assert not np.array_equal(found.locations, moved.locations)
     errors = [float(relative_error(kernel, each.kernel(), moment)) for each in (found, moved)]
     # Two blocks hold nearly all.

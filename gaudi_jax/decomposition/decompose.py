@@ -117,12 +117,12 @@ def decompose(
         True
     """
     kernel = kernel if hasattr(kernel, "shape") else jnp.asarray(kernel)
-    *batch, n, m = _check_matrices("kernel", kernel)
+    *batch, n, m = check_matrices("kernel", kernel)
     budgets = np.broadcast_to(_check_budgets(budget, batch), batch)
-    cell = _check_structure(n, m, budgets.min(), rank, granularity, rounds)
+    cell = check_structure(n, m, budgets.min(), rank, granularity, rounds)
     if second_moment is not None:
         wanted = (*batch, n, n)
-        if _check_matrices("second_moment", second_moment, symmetric=True) != wanted:
+        if check_matrices("second_moment", second_moment, symmetric=True) != wanted:
             raise UserError(
                 f"second_moment of shape {second_moment.shape} does not fit a kernel of shape "
                 f"{kernel.shape}; it must have shape {wanted}"
@@ -220,7 +220,7 @@ def _decompose(
 ) -> Factors:
     # Accelerators would multiply in fewer bits, and small differences of large numbers matter.
     with jax.default_matmul_precision("highest"):
-        kernel, scale = _scaled(kernel.astype(jnp.float32), jnp.abs(kernel).max())
+        kernel, scale = scaled(kernel.astype(jnp.float32), jnp.abs(kernel).max())
         n, m = kernel.shape
         plain = PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1])
         axes = Axes(*plain)
@@ -232,7 +232,7 @@ def _decompose(
             return lax.map(lambda start: search(kernel, goal, key, axes, *start), stacked)
 
         if second_moment is not None:
-            moment, _ = _scaled(second_moment.astype(jnp.float32), jnp.trace(second_moment) / n)
+            moment, _ = scaled(second_moment.astype(jnp.float32), jnp.trace(second_moment) / n)
             moment = regularise(moment)
             weighted: Axis = WeightedAxis.of(moment, n // cell[0])
             if n > LARGE_AXIS:
@@ -249,7 +249,7 @@ def _decompose(
         found = jax.tree.map(
             lambda one, more: jnp.concatenate([one[None], more]), svd, searched(axes, starts)
         )
-        return _factors(_best(kernel, axes, found), axes, scale)
+        return as_factors(_best(kernel, axes, found), axes, scale)
 
 
 def _best(kernel: Array, axes: Axes, found: Blocks) -> Blocks:
@@ -267,14 +267,14 @@ def _best(kernel: Array, axes: Axes, found: Blocks) -> Blocks:
     return jax.tree.map(lambda leaf: leaf[best], found)
 
 
-def _scaled(matrix: Array, size: Array) -> tuple[Array, Array]:
+def scaled(matrix: Array, size: Array) -> tuple[Array, Array]:
     """The matrix over the power of two next to its size, and the latter: squares stay finite."""
     scale = jnp.ldexp(jnp.float32(1), jnp.frexp(size.astype(jnp.float32))[1] - 1)
     scale = jnp.where(size > 0, scale, 1)
     return matrix / scale, scale
 
 
-def _factors(blocks: Blocks, axes: Axes, scale: Array) -> Factors:
+def as_factors(blocks: Blocks, axes: Axes, scale: Array) -> Factors:
     """The blocks times a scale, with factors of equal norms, and intervals as fractions."""
     blocks = blocks.live_first()
     norms = [jnp.sqrt(jnp.square(x).sum((1, 2), keepdims=True)) for x in (blocks.v, blocks.u)]
@@ -285,7 +285,8 @@ def _factors(blocks: Blocks, axes: Axes, scale: Array) -> Factors:
     return Factors(v, u, blocks.length / cells, blocks.start / cells)
 
 
-def _check_matrices(name: str, matrices: Array, *, symmetric: bool = False) -> tuple[int, ...]:
+def check_matrices(name: str, matrices: Array, *, symmetric: bool = False) -> tuple[int, ...]:
+    """Checks a matrix, or several stacked, under a name for messages; returns the shape."""
     shape = jnp.shape(matrices)
     if len(shape) < 2 or 0 in shape:
         raise UserError(f"{name} of shape {shape} is no matrix; give one of shape (in, out)")
@@ -317,10 +318,10 @@ def _check_budgets(budget: Any, batch: list[int]) -> np.ndarray:
     return budgets
 
 
-def _check_structure(
-    n: int, m: int, budget: float, rank: int, granularity: int | tuple[int, int], rounds: int
+def check_structure(
+    n: int, m: int, budget: float, rank: int, granularity: int | tuple[int, int], rounds: int = 1
 ) -> tuple[int, int]:
-    """Checks the options; returns the grid cells of both axes."""
+    """Checks the options of blocks for a kernel; returns the grid cells of both axes."""
     if np.shape(granularity) not in ((), (2,)) or np.any(np.mod(granularity, 1)):
         raise UserError(f"granularity={granularity} must be a whole number, or a pair of them")
     cell_in, cell_out = (int(cell) for cell in np.broadcast_to(granularity, 2))
