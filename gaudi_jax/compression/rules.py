@@ -35,9 +35,9 @@ class Rule:
         pattern: regular expression for the whole path of a module, such as
             ``"blocks/0/attention/(query|key)"``. Of several rules the first that matches holds.
         method: "gaudi" for blocks found by search, "scattered" for blocks of one size at random
-            places, "low_rank" for the truncated SVD, "best" for
-            the one of both with the smaller error, "monarch", "blast" or "block_sparse" for these
-            layers, "skip" to leave the layer as it is.
+            places, "low_rank" for the truncated SVD, "best" for the better one of search and SVD,
+            "monarch", "blast" or "block_sparse" for these layers, "skip" to leave the layer as it
+            is.
         budget: multiplications as a fraction of in·out, > 0.
         rank: columns of each block, at least 1.
         granularity: grid cell of the blocks' intervals in features: a number, or a pair (input

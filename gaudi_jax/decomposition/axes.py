@@ -132,9 +132,7 @@ class WeightedAxis:
     def of(cls, second_moment: Float[Array, "n n"], cells: int) -> "WeightedAxis":
         """Factorises C (made positive definite by `regularise`) at evenly spaced anchors."""
         n = second_moment.shape[0]
-        cell = n // cells
-        most = MAX_ANCHORS if n <= WIDE else MAX_ANCHORS_WIDE
-        count = max(1, min(cells, most, ANCHOR_FLOATS // n**2))
+        cell, count = n // cells, num_anchors(n, cells)
         starts = (jnp.arange(count) * cells) // count
 
         def inverse(start):
@@ -215,6 +213,12 @@ class WeightedAxis:
 
 
 Axis = PlainAxis | WeightedAxis
+
+
+def num_anchors(n: int, cells: int) -> int:
+    """How many places windows on a weighted axis may begin at, evenly spaced."""
+    most = MAX_ANCHORS if n <= WIDE else MAX_ANCHORS_WIDE
+    return max(1, min(cells, most, ANCHOR_FLOATS // n**2))
 
 
 def _lengths(size: Float[Array, " b"], cells: int) -> Int[Array, " b"]:

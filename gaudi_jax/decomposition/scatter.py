@@ -1,5 +1,6 @@
 """Blocks of one size at random places, fitted to a kernel: nothing is searched for."""
 
+import math
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gaudi_jax.decomposition.axes import PlainAxis, WeightedAxis
+from gaudi_jax.decomposition.axes import PlainAxis, WeightedAxis, num_anchors
 from gaudi_jax.decomposition.decompose import (
     Factors,
     affordable,
@@ -49,7 +50,9 @@ def scatter(
         granularity: grid cell of the intervals in features: a number, or a pair (input, output).
             Each divides its axis.
         second_moment: E[x xᵀ] of the layer's inputs, shape (in, in), to fit outputs instead of the
-            kernel; intervals on the input axis then begin at one of at most 32 places.
+            kernel. Intervals on the input axis then begin at one of at most 32 places; where those
+            are farther apart than intervals are long, so that inputs would not be read, it is the
+            kernel that is fitted.
         key: random key of the places; None for a fixed one.
 
     Returns:
@@ -57,7 +60,7 @@ def scatter(
         but for a cell, which spends the budget.
 
     Raises:
-        UserError: as `gaudi_jax.decompose`.
+        UserError: as `gaudi_jax.decompose`; or kernels are stacked.
 
     Example:
         >>> import jax
@@ -66,7 +69,11 @@ def scatter(
         >>> factors.v.shape, int(factors.multiplications())
         ((16, 1, 16), 192)
     """
-    n, m = shape = check_matrices("kernel", kernel)
+    kernel = kernel if hasattr(kernel, "shape") else jnp.asarray(kernel)
+    shape = check_matrices("kernel", kernel)
+    if len(shape) != 2:
+        raise UserError(f"kernel of shape {shape} is no matrix; scatter one at a time")
+    n, m = shape
     cell = check_structure(n, m, budget, rank, granularity)
     if second_moment is not None:
         found = check_matrices("second_moment", second_moment, symmetric=True)
@@ -76,6 +83,8 @@ def scatter(
                 f"have shape {(n, n)}"
             )
     lengths = _lengths((n, m), cell, affordable(budget, n * m), rank)
+    if n // cell[0] > num_anchors(n, n // cell[0]) * lengths[0][lengths[0] > 0].min():
+        second_moment = None
     key = jax.random.key(0) if key is None else key
     return fitted(kernel, second_moment, jnp.asarray(lengths), key, rank=rank, cell=cell)
 
@@ -83,7 +92,9 @@ def scatter(
 def _lengths(shape: tuple[int, int], cell: tuple[int, int], cost: int, rank: int) -> np.ndarray:
     """Cells of each block on both axes: of as many blocks as a cost buys."""
     slots, per_column = min(shape) // rank, cost // rank
-    blocks = max(1, min(slots, per_column // sum(cell)))
+    # Smaller blocks of these proportions have fewer entries than their factors.
+    smallest = math.ceil(rank * sum(shape) ** 2 / math.prod(shape))
+    blocks = max(1, min(slots, per_column // max(smallest, sum(cell))))
     each, share = per_column // blocks, shape[0] / sum(shape)
     first = max(cell[0], min(int(each * share), each - cell[1]) // cell[0] * cell[0])
     second = max(cell[1], (each - first) // cell[1] * cell[1])
