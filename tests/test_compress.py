@@ -157,9 +157,7 @@ def test_an_accelerator_searches_layers_of_one_shape_together(encoder, monkeypat
 
     def plan(backend):
         # Only compress() is told so: batches of linear algebra can wait for ever on a CPU.
-        here = SimpleNamespace(
-            default_backend=lambda: backend, ShapeDtypeStruct=jax.ShapeDtypeStruct
-        )
+        here = SimpleNamespace(**vars(jax) | {"default_backend": lambda: backend})
         monkeypatch.setattr(module, "jax", here)
         batches = (tokens(seed) for seed in range(2))
         options = {"calibration": batches, "rounds": 20, "progress": False}
