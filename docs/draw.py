@@ -134,7 +134,7 @@ def draw_before_and_after() -> None:
     small = gaudi_jax.compress(
         model, 0.125, rules=rules, allocation="global", calibration=batches, progress=False
     ).model
-    figure = Figure(figsize=(3.1 * len(paths), 6.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(3.1 * len(paths), 6.2), dpi=65, layout="constrained")
     panels = figure.subplots(2, len(paths))
     layers = [dict(nnx.iter_graph(each)) for each in (model, small)]
     for (before, after), path in zip(panels.T, paths, strict=True):

@@ -56,8 +56,8 @@ def scatter(
         key: random key of the places; None for a fixed one.
 
     Returns:
-        At most ⌊min(in, out) / rank⌋ blocks, those in use first, in float32. They are of one size
-        but for a cell, which spends the budget.
+        ⌊min(in, out) / rank⌋ blocks, of which those in use come first, in float32. Those are of one
+        size but for one or two cells, which spend what is left of the budget.
 
     Raises:
         UserError: as `gaudi_jax.decompose`; or kernels are stacked.
@@ -83,6 +83,7 @@ def scatter(
                 f"have shape {(n, n)}"
             )
     lengths = _lengths((n, m), cell, affordable(budget, n * m), rank)
+    # Weighted windows begin at anchors: short ones would leave the inputs between them unread.
     if n // cell[0] > num_anchors(n, n // cell[0]) * lengths[0][lengths[0] > 0].min():
         second_moment = None
     key = jax.random.key(0) if key is None else key
