@@ -53,12 +53,13 @@ Method = tuple[str, tuple[str, ...]]
 
 #: How the names of methods begin and end.
 SEARCH, MATCHED, GRID = "Gaudi, search at", "low-rank, matched to ", ", grid 1/8"
+SPREAD = "Gaudi, spread at"
 FROZEN = (
     "--config.optimizer.structural_learning_rate=0.0",
     "--config.optimizer.location_learning_rate=0.0",
 )
-#: Trained by another script than ``main.py``.
-ELSEWHERE = {"Gaudi, moved to random places at 0.3": "benchmarks/random_places.py"}
+#: Controls whose blocks are moved to random places, once they are found or spread.
+MOVED, ONE_SIZE = "Gaudi, moved to random places at", "Gaudi, of one size at random places at"
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
 GRADIENTS = VARIANT + "gradients on the structure, search at"
@@ -114,11 +115,12 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
                 f"low-rank, search at {share}": search("low-rank", share),
             }.items()
         },
-        **dict.fromkeys(ELSEWHERE, search("Gaudi", 0.3)),
+        f"{MOVED} 0.3": search("Gaudi", 0.3),
         **{
-            f"Gaudi, of one size at random places at 0.3{suffix}": with_options(
-                search("Gaudi", 0.3), "--config.compress.method=scattered", *options
+            f"{name} 0.3{suffix}": with_options(
+                search("Gaudi", 0.3), "--config.compress.method=spread", *options
             )
+            for name in (SPREAD, ONE_SIZE)
             for suffix, options in {"": (), GRID: on_grid}.items()
         },
         **{
@@ -180,7 +182,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     summary = train(
         task.config + arguments,
         options,
-        script=ELSEWHERE.get(method, "main.py"),
+        script="benchmarks/random_places.py" if method.startswith((MOVED, ONE_SIZE)) else "main.py",
         environment=task.environment,
         keep=picture if seed == 0 and not extra else None,
     )
@@ -240,8 +242,9 @@ def paired_table(rows: Sequence[Row]) -> str:
         if all(row[f"{split}_{measure}"] for row in rows)
     ]
     lines = []
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"].startswith(SEARCH)):
-        rival = MATCHED + method.removesuffix(GRID)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        # Both kinds of blocks get the same budgets, layer by layer.
+        rival = MATCHED + method.removesuffix(GRID).replace(SPREAD, SEARCH)
         for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] == method):
             ours, theirs = (
                 [row for row in rows if (row["method"], row["budget"]) == (m, budget)]

@@ -1,12 +1,15 @@
-"""``main.py`` with a control: blocks that the search has found are moved to random places.
+"""``main.py`` with a control: blocks are moved to random places once they are found, or spread.
 
     python benchmarks/random_places.py --config=configs/docs_gpt_gaudi.py:budget=0.125 ...
 
-Their number, sizes and costs stay, layer by layer, and so do the dense start and the calibration.
-At the new places factors are fitted as the search fits them where its windows no longer move.
+Their number, sizes and costs stay, layer by layer, and so do the dense start and the calibration:
+those of blocks by search with ``recipe=search``, those of blocks of one size otherwise. At the new
+places factors are fitted as they would have been at the old ones.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +18,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from gaudi_jax.compression import layer
-from gaudi_jax.decomposition import Factors, decompose
-from gaudi_jax.decomposition.scatter import fitted
+from gaudi_jax.decomposition import Factors
+from gaudi_jax.decomposition.axes import PlainAxis, WeightedAxis
+from gaudi_jax.decomposition.decompose import as_factors, scaled
+from gaudi_jax.decomposition.low_rank import regularise
+from gaudi_jax.decomposition.spread import fit_windows
+from gaudi_jax.decomposition.sweeps import Axes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,25 +31,56 @@ from main import main
 
 
 def elsewhere(
-    kernel: Array, budget: Any, *, key: Array, second_moment: Array | None = None, **options: Any
+    find: Callable[..., Factors],
+    kernel: Array,
+    budget: Any,
+    *,
+    second_moment: Array | None = None,
+    **options: Any,
 ) -> Factors:
-    """Blocks of the numbers and sizes that `decompose` finds, at random places."""
+    """Blocks of the numbers and sizes that a function finds, at random places."""
     if kernel.ndim > 2:  # layers that are searched together
         moments = [None] * len(kernel) if second_moment is None else second_moment
         each = [
-            elsewhere(one, goal, key=key, second_moment=moment, **options)
+            elsewhere(find, one, goal, second_moment=moment, **options)
             for one, goal, moment in zip(kernel, budget, moments, strict=True)
         ]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
-    found = decompose(kernel, budget, second_moment=second_moment, key=key, **options)
-    # Layers of one model differ in what they cost.
-    place = jax.random.fold_in(key, int(found.multiplications()))
-    cell = tuple(options["granularity"])
+    found = find(kernel, budget, second_moment=second_moment, **options)
+    # Each layer of each run has places of its own.
+    key = jax.random.key(jnp.abs(kernel).sum().view(jnp.uint32))
+    cell, rank = tuple(options["granularity"]), options["rank"]
     cells = jnp.array([[size // c] for size, c in zip(kernel.shape, cell, strict=True)])
     lengths = jnp.round(found.widths * cells).astype(jnp.int32)
-    return fitted(kernel, second_moment, lengths, place, rank=options.get("rank", 1), cell=cell)
+    return _moved(kernel, second_moment, lengths, key, cell=cell, rank=rank)
+
+
+@partial(jax.jit, static_argnames=("cell", "rank"))
+def _moved(
+    kernel: Array,
+    moment: Array | None,
+    lengths: Array,
+    key: Array,
+    *,
+    cell: tuple[int, int],
+    rank: int,
+) -> Factors:
+    n, m = kernel.shape
+    kernel, scale = scaled(kernel, jnp.abs(kernel).max())
+    axes = Axes(PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1]))
+    if moment is not None:  # windows then begin at one of some places
+        moment = regularise(scaled(moment, jnp.trace(moment) / n)[0])
+        axes = axes._replace(input=WeightedAxis.of(moment, n // cell[0]))
+    *places, values = jax.random.split(key, 3)
+    starts = []
+    for axis, place in zip(axes, places, strict=True):
+        where = jax.random.uniform(place, lengths.shape[1:])
+        starts.append(axis.windows(where, where)[0])
+    blocks = fit_windows(kernel, axes, jnp.stack(starts), lengths, rank=rank, key=values)
+    return as_factors(blocks, axes, scale)
 
 
 if __name__ == "__main__":
-    layer.decompose = cast(Any, elsewhere)
+    layer.decompose = cast(Any, partial(elsewhere, layer.decompose))
+    layer.spread = cast(Any, partial(elsewhere, layer.spread))
     sys.exit(main(sys.argv))

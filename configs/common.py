@@ -126,8 +126,8 @@ def base_config() -> ConfigDict:
     config.layer = ConfigDict({"attention": {"name": "dense"}, "mlp": {"name": "dense"}})
     config.compress = ConfigDict(
         {
-            # What the dense layers become: gaudi, scattered, low_rank, monarch, blast, block_sparse
-            # or best.
+            # What the dense layers become: spread (blocks of one size), gaudi (blocks by search),
+            # low_rank, monarch, blast, block_sparse or best (of search and low rank).
             "method": "none",
             # (after this share of the steps, multiplications over dense of the layers that match)
             "stages": ((0.0, 0.25),),
@@ -228,7 +228,7 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
     "layer": "gaudi",  # gaudi, low_rank, monarch, blast, block_sparse or dense
     "attention": "",  # the same for the attention layers alone
     "mlp": "",  # and for the MLPs alone
-    "recipe": "search",  # search or budget, or for gaudi paper
+    "recipe": "spread",  # spread, search or budget, or for gaudi paper
     "budget": 0.3,  # multiplications over dense (but for gaudi with recipe=paper)
     "smoke": False,
 }

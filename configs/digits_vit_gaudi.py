@@ -4,7 +4,7 @@
     python main.py --config=configs/digits_vit_gaudi.py:layer=dense --workdir=runs/dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=budget|search|paper``, ``budget=0.33``, ``smoke``.
+``recipe=budget|spread|search|paper``, ``budget=0.33``, ``smoke``.
 
 1097 training images of 8x8 pixels, 3000 steps of 64: 175 epochs. About a minute on two CPU cores.
 Expected test accuracies, over five seeds, are in docs/results.md.

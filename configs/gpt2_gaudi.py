@@ -4,9 +4,9 @@
     python main.py --config=configs/gpt2_gaudi.py:layer=dense --workdir=runs/gpt2_dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=paper|budget|search``, ``budget=0.44``, ``epochs=10`` (of WikiText-103's 225 steps; for
-another text set ``--config.train.steps``), ``init=openai-community/gpt2`` (Hugging Face folder or
-id; its tokenizer is used), ``micro=8`` (windows that are worked through at once),
+``recipe=paper|budget|spread|search``, ``budget=0.44``, ``epochs=10`` (of WikiText-103's 225 steps;
+for another text set ``--config.train.steps``), ``init=openai-community/gpt2`` (Hugging Face folder
+or id; its tokenizer is used), ``micro=8`` (windows that are worked through at once),
 ``data=hf:Salesforce/wikitext:wikitext-103-raw-v1`` (or ``text:FOLDER`` of train.txt, validation.txt
 and test.txt), ``smoke`` (embedded text).
 

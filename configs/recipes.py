@@ -45,8 +45,9 @@ def use_layer(
 ) -> None:
     """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
 
-    The search recipe: dense layers for three tenths of the steps, whose kernels are then compressed
-    by search. The budget recipe: hard masks from the first step with a smoothed derivative, and a
+    The spread and the search recipe: dense layers for three tenths of the steps, which are then
+    compressed, in Gaudi layers to blocks of one size, evenly spread, or to blocks that are found by
+    search. The budget recipe: hard masks from the first step with a smoothed derivative, and a
     budget of multiplications that falls along a cubic.
 
     Args:
@@ -60,8 +61,8 @@ def use_layer(
         UserError: the recipe or a layer is unknown, the budget is out of range, or an argument has
             no effect.
     """
-    if args["recipe"] not in ("budget", "paper", "search"):
-        raise UserError(f"unknown recipe {args['recipe']!r}; use search, budget or paper")
+    if args["recipe"] not in ("spread", "search", "budget", "paper"):
+        raise UserError(f"unknown recipe {args['recipe']!r}; use spread, search, budget or paper")
     if not 0 < args["budget"] <= 1:
         raise UserError(f"budget={args['budget']} is outside (0, 1]; give a fraction such as 0.3")
     names = {part: args[part] or args["layer"] for part in config.layer}
@@ -72,8 +73,8 @@ def use_layer(
         args.reject("layer", because=f"beside {' and '.join(names)}")
     if not kinds:
         args.reject("budget", "recipe", because="on dense layers")
-    elif args["recipe"] == "search":
-        _use_search(config, args, names)
+    elif args["recipe"] in ("spread", "search"):
+        _use_dense_start(config, args, names)
         return
     elif args["recipe"] == "paper":
         if "gaudi" not in kinds:
@@ -104,12 +105,13 @@ def use_layer(
                 config.layer[part].density = config_dict.placeholder(float)
 
 
-def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> None:
+def _use_dense_start(config: ConfigDict, args: Arguments, names: dict[str, str]) -> None:
     """Trains dense layers for a while, compresses them, and goes on."""
     kinds = set(names.values()) - {"dense"}
     if len(kinds) > 1:
         raise UserError(
-            "recipe=search makes all layers of one kind, or dense; choose one, or recipe=budget"
+            f"recipe={args['recipe']} makes all layers of one kind, or dense; choose one, or "
+            "recipe=budget"
         )
     own_out = "attention_out" in names
     paths = {
@@ -117,8 +119,9 @@ def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> N
         "attention_out": "attention/out",
         "mlp": "mlp/.*",
     }
+    kind = kinds.pop()
     config.compress.update(
-        method=kinds.pop(),
+        method="spread" if (kind, args["recipe"]) == ("gaudi", "spread") else kind,
         stages=((0.3, args["budget"]),),  # at small budgets better than half (docs/learning.md)
         rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
         calibration_batches=16,
@@ -128,7 +131,7 @@ def _use_search(config: ConfigDict, args: Arguments, names: dict[str, str]) -> N
 
 
 def _keep_structure(config: ConfigDict) -> None:
-    """The structure stays as the search finds it; its factors learn faster (docs/results.md)."""
+    """The structure stays as compression makes it; its factors learn faster (docs/results.md)."""
     config.optimizer.update(
         factor_scale=4.0, structural_learning_rate=0.0, location_learning_rate=0.0
     )
@@ -149,10 +152,10 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
     Raises:
         UserError: the method is unknown.
     """
-    methods = ("gaudi", "scattered", "low_rank", *GRID_LAYERS, "best")
+    methods = ("gaudi", "spread", "low_rank", *GRID_LAYERS, "best")
     if args["method"] not in methods:
         raise UserError(f"unknown method {args['method']!r}; use {', '.join(methods)}")
-    if args["method"] not in ("gaudi", "scattered", "best"):
+    if args["method"] not in ("gaudi", "spread", "best"):
         args.reject("granularity", because=f"on method={args['method']}")
     config.init_from = args["dense"]
     if not args["dense"]:

@@ -111,10 +111,18 @@ def test_how_fast_factors_learn(module, arguments, scale):
     assert module.get_config(arguments).optimizer.factor_scale == scale
 
 
-@pytest.mark.parametrize("layer", ["gaudi", "low_rank"])
-def test_by_default_layers_are_dense_for_three_tenths_of_the_steps(layer):
-    config = vit_b_gaudi.get_config(f"layer={layer},budget=0.25")
-    assert config.compress.method == layer
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        ("layer=gaudi", "spread"),
+        ("layer=gaudi,recipe=search", "gaudi"),
+        ("layer=low_rank", "low_rank"),
+        ("layer=low_rank,recipe=search", "low_rank"),
+    ],
+)
+def test_by_default_layers_are_dense_for_three_tenths_of_the_steps(arguments, method):
+    config = vit_b_gaudi.get_config(f"{arguments},budget=0.25")
+    assert config.compress.method == method
     assert config.compress.stages == ((0.3, 0.25),)
     assert {options.name for options in config.layer.values()} == {"dense"}
 

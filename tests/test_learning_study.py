@@ -120,10 +120,10 @@ def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware):
     kernel += 0.01 * rng.normal(size=kernel.shape)
     x = rng.normal(size=(200, 32)).astype(np.float32)
     moment = jnp.asarray(x.T @ x / len(x)) if aware else None
-    options = {"rounds": 10, "granularity": (1, 1), "key": jax.random.key(0)}
-    options["second_moment"] = moment
+    kernel = jnp.asarray(kernel, jnp.float32)
+    options = {"rounds": 10, "rank": 1, "granularity": (1, 1), "second_moment": moment}
     found = decompose(kernel, 0.06, **options)
-    moved = study("random_places").elsewhere(kernel, 0.06, **options)
+    moved = study("random_places").elsewhere(decompose, kernel, 0.06, **options)
     assert int(moved.multiplications()) == int(found.multiplications())
     for one, other in zip(found.widths, moved.widths, strict=True):
         np.testing.assert_allclose(sorted(one), sorted(other))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gaudi_jax.compression.allocation import share_out
 from gaudi_jax.compression.calibration import Moments, calibrate
-from gaudi_jax.compression.layer import Layer, Solution, scatter_blocks, search_blocks
+from gaudi_jax.compression.layer import Layer, Solution, search_blocks, spread_blocks
 from gaudi_jax.compression.plan import Plan, make_plan, plan_table
 from gaudi_jax.compression.rules import Choice, Method, Rule, as_rules, choose
 from gaudi_jax.compression.surgery import find_dense, matrix_shape
@@ -72,9 +72,9 @@ def compress(
         budget: multiplications as a fraction of in·out, over the layers that the rules match; above
             1 is allowed. Or the rules, each with its own budget.
         rules: `Rule`s, or mappings with the same keys; the first that matches a layer holds.
-        method: "gaudi" for `GaudiLinear`s found by search, "scattered" for `GaudiLinear`s with
-            blocks of one size at random places, which are worse straight away and may be better
-            once trained on (`gaudi_jax.decomposition.scatter`), "low_rank" for `LowRankLinear`s of
+        method: "gaudi" for `GaudiLinear`s found by search, "spread" for `GaudiLinear`s with
+            blocks of one size, evenly spread, which are worse straight away and better once trained
+            on (`gaudi_jax.decomposition.spread`), "low_rank" for `LowRankLinear`s of
             the truncated SVD (with calibration: whitened SVD), "best" for the better one of search
             and SVD, "monarch" for `MonarchLinear`s of block-wise SVD, "blast" for
             `BlastLinear`s of preconditioned gradient descent, "block_sparse" for
@@ -96,7 +96,7 @@ def compress(
             loops of `jax.lax`, or inside `nnx.scan` with state that is shared by the steps, cannot
             be observed: give them a rule with method="skip", or compress without calibration.
         rounds: effort of each search; time is proportional to it.
-        key: random key of the searches and places; None for a fixed one.
+        key: random key of the searches; None for a fixed one.
         progress: show bars with the time left, and the plan as a table, on stderr.
 
     Returns:
@@ -173,7 +173,6 @@ def _solve(
     together = 1 if jax.default_backend() == "cpu" else TOGETHER
     weights = {path: math.prod(layer.shape) for path, layer in layers.items()}
     solutions: dict[str, Solution] = {}
-    order, base = list(layers), jax.random.key(0) if key is None else key
     with tqdm(
         total=sum(weights.values()),
         disable=not progress,
@@ -186,12 +185,8 @@ def _solve(
             if method in ("gaudi", "best"):
                 chosen = [layers[path] for path in paths]
                 found = [*search_blocks(chosen, [costs[path] for path in paths], rounds, key)]
-            elif method == "scattered":  # each layer has places of its own
-                own = [jax.random.fold_in(base, order.index(path)) for path in paths]
-                found = [
-                    scatter_blocks(layers[path], costs[path], key)
-                    for path, key in zip(paths, own, strict=True)
-                ]
+            elif method == "spread":
+                found = [spread_blocks(layers[path], costs[path]) for path in paths]
             for path, factors in zip(paths, found, strict=True):
                 solutions[path] = layers[path].solve(costs[path], factors)
                 bar.update(weights[path])

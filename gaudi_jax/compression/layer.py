@@ -15,7 +15,7 @@ from gaudi_jax.compression.allocation import Curve, gains
 from gaudi_jax.compression.calibration import Moments
 from gaudi_jax.compression.rules import Choice
 from gaudi_jax.compression.surgery import features, fill, install, matrix_shape, structure
-from gaudi_jax.decomposition import Factors, decompose, relative_error, scatter, svd_factors
+from gaudi_jax.decomposition import Factors, decompose, relative_error, spread, svd_factors
 from gaudi_jax.layers.factory import GRID_LAYERS
 
 #: An entry of the plan, and the values of the layer that it describes.
@@ -65,7 +65,7 @@ class Layer:
             step = GRID_LAYERS[self.choice.method].step(n, m, self.choice.blocks)
             several = max(step // (n + m), 1)  # components of the SVD for which one step pays
             shares = np.add.reduceat(shares, np.arange(0, len(shares), several))
-        whole = self.choice.method not in ("gaudi", "scattered", "best")
+        whole = self.choice.method not in ("gaudi", "spread", "best")
         if whole:  # the floor buys whole components: they are one to `share_out`
             more, rest = divmod(floor - self.choice.least(self.shape), step)
             shares, floor = np.append(shares[: 1 + more].sum(), shares[1 + more :]), floor - rest
@@ -197,20 +197,17 @@ def search_blocks(
     return [Factors(*parts) for parts in zip(*found, strict=True)]
 
 
-def scatter_blocks(layer: Layer, cost: int, key: Array) -> Factors:
-    """Blocks of one size at random places for a layer.
+def spread_blocks(layer: Layer, cost: int) -> Factors:
+    """Blocks of one size, evenly spread, for a layer.
 
     Args:
         layer: the layer.
         cost: multiplications that it may cost.
-        key: random key of the places.
     """
     kernel, moment = layer.problem()
     rank, granularity = layer.choice.rank, layer.choice.granularity
     budget = _fraction(cost, layer)
-    return scatter(
-        kernel, budget, rank=rank, granularity=granularity, second_moment=moment, key=key
-    )
+    return spread(kernel, budget, rank=rank, granularity=granularity, second_moment=moment)
 
 
 def _fraction(cost: int, layer: Layer) -> float:

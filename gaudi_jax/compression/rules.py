@@ -12,14 +12,12 @@ import numpy as np
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import GRID_LAYERS, largest_divisor
 
-Method = Literal[
-    "gaudi", "scattered", "low_rank", "monarch", "blast", "block_sparse", "best", "skip"
-]
+Method = Literal["gaudi", "spread", "low_rank", "monarch", "blast", "block_sparse", "best", "skip"]
 #: (in, out) of a kernel as a matrix.
 Shape = tuple[int, int]
 #: What each method makes use of, beside the budget.
 USED_BY: dict[Any, tuple[str, ...]] = {
-    **dict.fromkeys(("gaudi", "scattered", "best"), ("rank", "granularity")),
+    **dict.fromkeys(("gaudi", "spread", "best"), ("rank", "granularity")),
     **dict.fromkeys(GRID_LAYERS, ("blocks",)),
     **dict.fromkeys(("low_rank", "skip"), ()),
 }
@@ -34,8 +32,8 @@ class Rule:
     Attributes:
         pattern: regular expression for the whole path of a module, such as
             ``"blocks/0/attention/(query|key)"``. Of several rules the first that matches holds.
-        method: "gaudi" for blocks found by search, "scattered" for blocks of one size at random
-            places, "low_rank" for the truncated SVD, "best" for the better one of search and SVD,
+        method: "gaudi" for blocks found by search, "spread" for blocks of one size, evenly spread,
+            "low_rank" for the truncated SVD, "best" for the better one of search and SVD,
             "monarch", "blast" or "block_sparse" for these layers, "skip" to leave the layer as it
             is.
         budget: multiplications as a fraction of in·out, > 0.
