@@ -61,6 +61,7 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
     "MALLOC_ARENA_MAX": "1",
 }
+GRID = ("--config.compress.granularity={grid}",)
 #: Arguments of the config, and options of the command line.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("layer=dense", ()),
@@ -70,7 +71,9 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "BLAST": ("layer=blast", ()),
     "block-sparse": ("layer=block_sparse", ()),
     "Gaudi": ("layer=gaudi", ()),
-    "Gaudi, grid": ("layer=gaudi", ("--config.compress.granularity={grid}",)),
+    "Gaudi, grid": ("layer=gaudi", GRID),
+    "Gaudi, search": ("layer=gaudi,recipe=search", ()),
+    "Gaudi, search, grid": ("layer=gaudi,recipe=search", GRID),
 }
 FINISHED = Table(RESULTS / "tradeoff.csv", COLUMNS)
 
@@ -78,7 +81,9 @@ FINISHED = Table(RESULTS / "tradeoff.csv", COLUMNS)
 def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Sequence[str]) -> Row:
     argument, options = METHODS[method]
     if method != "dense":
-        argument = f"{argument},recipe=search,budget={budget}"
+        argument = f"{argument},budget={budget}"
+        if "recipe" not in argument:
+            argument += ",recipe=spread"
         options = (*options, f"--config.compress.stages=(({SHARE},{budget}),)")
     filled = [option.format(grid=task.width // 8) for option in options]
     summary = train(
