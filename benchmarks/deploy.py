@@ -2,12 +2,14 @@
 
     python benchmarks/deploy.py [--parts layers vit gpt2] [--budget 0.25] [--granularity 64]
     python benchmarks/deploy.py --parts curve [--budgets 0.1 0.2 0.25 0.3 0.45] [--granularity 64]
+    python benchmarks/deploy.py --spread 4          # blocks of one size on 4 parts of each axis
 
     python benchmarks/deploy.py --parts layers vit --images 128 --dtype bfloat16 --times 100
         --granularity 128 --rank 32                                              # a GPU
 
 *layers*: the three shapes of ViT-B, on 1576 tokens (8 images). The kernels are those of
-``benchmarks/decompose.py``, like trained attention layers; the blocks are found by `decompose`.
+``benchmarks/decompose.py``, like trained attention layers; the blocks are found by `decompose`, or
+laid by `spread`.
 *curve*: the same over a range of costs, and a picture of error against measured time,
 ``benchmarks/results/deploy-curve-BACKEND.png``. *vit*: ViT-B/16 forward on 8 images. *gpt2*: GPT-2
 small, greedy decoding of one row (``--gpt2-budget 0.44`` in its linear layers, ``--gpt2-rank 16``).
@@ -44,7 +46,7 @@ from tabulate import tabulate
 import gaudi_jax
 from gaudi_jax import GaudiLinear, LowRankLinear
 from gaudi_jax.compression.surgery import become
-from gaudi_jax.decomposition import relative_error
+from gaudi_jax.decomposition import relative_error, spread
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.models.generate import generate
@@ -54,7 +56,7 @@ PATCHES = 197
 PROMPT, NEW = 16, 65
 STD = 0.02  # of kernels, as GPT-2's: larger ones blow rounding up from layer to layer
 COLUMNS = (
-    *("part", "what", "rows", "dtype", "rank", "granularity", "cost", "multiplications"),
+    *("part", "what", "rows", "dtype", "rank", "granularity", "spread", "cost", "multiplications"),
     *("dense_ms", "packed_ms", "low_rank_ms", "packed_error", "low_rank_error", "difference"),
     *("device", "commit", "jax", "date"),
 )
@@ -70,7 +72,16 @@ def trained_like(n: int, m: int) -> jax.Array:
 
 
 @cache
-def gaudi(
+def spread_gaudi(n: int, m: int, budget: float, parts: int) -> GaudiLinear:
+    layer = GaudiLinear.from_blocks(
+        *spread(trained_like(n, m), budget, parts=parts), bias=jnp.zeros(m)
+    )
+    layer.eval()
+    return layer
+
+
+@cache
+def searched_gaudi(
     n: int, m: int, budget: float, granularity: int, rank: int, folder: Path | None
 ) -> GaudiLinear:
     file = folder and folder / f"{n}x{m}-{budget}-{granularity}-{rank}-{STD}.npz"
@@ -86,6 +97,12 @@ def gaudi(
     layer = GaudiLinear.from_blocks(*factors, granularity=granularity, bias=jnp.zeros(m))
     layer.eval()
     return layer
+
+
+def gaudi(n: int, m: int, budget: float, rank: int, args: argparse.Namespace) -> GaudiLinear:
+    if args.spread:
+        return spread_gaudi(n, m, budget, args.spread)
+    return searched_gaudi(n, m, budget, args.granularity, rank, args.blocks)
 
 
 @cache
@@ -106,7 +123,7 @@ def forms(
     n: int, m: int, budget: float, rank: int, args: argparse.Namespace, tokens: int
 ) -> dict[str, Callable[[], Any]]:
     """How each form of a layer is made."""
-    blocks = nnx.clone(gaudi(n, m, budget, args.granularity, rank, args.blocks))
+    blocks = nnx.clone(gaudi(n, m, budget, rank, args))
     blocks.dtype = jnp.dtype(args.dtype)  # the layout is chosen for it
     return {
         "dense": partial(dense, blocks),
@@ -189,7 +206,7 @@ def layer_rows(args: argparse.Namespace, budget: float) -> list[Row]:
             }
         )
         seconds = interleaved_medians(calls, args.repeats)
-        blocks = gaudi(n, m, budget, args.granularity, args.rank, args.blocks)
+        blocks = gaudi(n, m, budget, args.rank, args)
         row = {
             "what": f"{n} → {m}",
             "rows": tokens,
@@ -321,6 +338,9 @@ def main() -> None:
     parser.add_argument("--gpt2-budget", type=float, default=0.44)
     parser.add_argument("--granularity", type=int, default=64)
     parser.add_argument("--rank", type=int, default=4, help="columns of a block")
+    parser.add_argument(
+        "--spread", type=int, help="parts of each axis for blocks of one size, without a search"
+    )
     parser.add_argument("--gpt2-rank", type=int, default=16)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.25, 0.3, 0.45])
     parser.add_argument("--images", type=int, default=8)
@@ -338,6 +358,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--times", type=int, default=1, help="that a program applies a layer")
     args = parser.parse_args()
+    if args.spread:  # columns on the same parts are put together anyway
+        args.rank = args.gpt2_rank = 1
     if args.attention:
         attention = partial(jax.nn.dot_product_attention, implementation=args.attention)
         vars(jax.nn).update(dot_product_attention=attention)
@@ -345,7 +367,8 @@ def main() -> None:
     rows: list[Row] = []
     for part in args.parts:
         made = {"layers": layers, "curve": curve, "vit": vit, "gpt2": gpt2}[part](args)
-        same = {"part": part, "dtype": args.dtype, "granularity": args.granularity}
+        grid = {"spread": args.spread} if args.spread else {"granularity": args.granularity}
+        same = {"part": part, "dtype": args.dtype, **grid}
         rows.extend(same | row for row in made)
     check(rows, args.dtype)
     if args.keep:

@@ -136,7 +136,8 @@ def base_config() -> ConfigDict:
             "floor": 0.0,  # share of its uniform budget that each layer keeps in global allocation
             "rank": 1,
             "granularity": 1,
-            # Parts of each axis for monarch, blast and block_sparse; None for 4, 4 and 16.
+            # Parts of each axis for monarch, blast and block_sparse, None for 4, 4 and 16; the most
+            # of them for spread, None for as many as there can be.
             "blocks": config_dict.placeholder(int),
             "calibration_batches": 0,  # of training examples whose outputs are kept; 0 for none
             "rounds": 40,  # effort

@@ -106,7 +106,11 @@ def test_bad_rules_are_named(rule, message):
             "rank=2 has no effect on method='low_rank'; leave",
         ),
         (0.5, {"method": "monarch", "granularity": 4}, "granularity=4 has no effect on"),
-        (0.5, {"blocks": 4}, "blocks=4 has no effect on method='low_rank'; .* take 'monarch' or"),
+        (
+            0.5,
+            {"blocks": 4},
+            "blocks=4 has no effect on method='low_rank'; .* take 'spread' or 'monarch'",
+        ),
         (0.5, {"rules": [Rule(".*", "blast", rank=2)]}, "rank=2 has no effect on method='blast'"),
         (0.5, {"calibration": []}, "calibration has no batches"),
         (0.5, {"calibration": [jnp.ones((1, 5))]}, "Sequential cannot be run .*1, 5"),

@@ -85,7 +85,8 @@ def compress(
             output). Each axis takes its largest divisor not above it.
         blocks: parts of each axis for "monarch", "blast" and "block_sparse": the largest number not
             above it that divides both axes of a layer is taken (for "block_sparse" a power of two);
-            None for 4, 4 and 16.
+            None for 4, 4 and 16. For "spread" the most parts, None for as many as there can be:
+            fewer are faster once packed.
         allocation: "uniform" gives each layer the same fraction. "global" spends the same total
             where it takes most off the sum of the layers' squared relative errors, as their
             singular values foretell it; layers whose rule has a budget keep that.

@@ -61,8 +61,8 @@ class Layer:
         """
         n, m = self.shape
         shares, step = np.asarray(gains(self._kernel(), self._second_moment())), n + m
-        if self.choice.blocks is not None:
-            step = GRID_LAYERS[self.choice.method].step(n, m, self.choice.blocks)
+        if self.choice.method in GRID_LAYERS:
+            step = GRID_LAYERS[self.choice.method].step(n, m, cast(int, self.choice.blocks))
             several = max(step // (n + m), 1)  # components of the SVD for which one step pays
             shares = np.add.reduceat(shares, np.arange(0, len(shares), several))
         whole = self.choice.method not in ("gaudi", "spread", "best")
@@ -205,9 +205,15 @@ def spread_blocks(layer: Layer, cost: int) -> Factors:
         cost: multiplications that it may cost.
     """
     kernel, moment = layer.problem()
-    rank, granularity = layer.choice.rank, layer.choice.granularity
-    budget = _fraction(cost, layer)
-    return spread(kernel, budget, rank=rank, granularity=granularity, second_moment=moment)
+    choice = layer.choice
+    return spread(
+        kernel,
+        _fraction(cost, layer),
+        rank=choice.rank,
+        granularity=choice.granularity,
+        parts=choice.blocks,
+        second_moment=moment,
+    )
 
 
 def _fraction(cost: int, layer: Layer) -> float:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -17,7 +17,8 @@ Method = Literal["gaudi", "spread", "low_rank", "monarch", "blast", "block_spars
 Shape = tuple[int, int]
 #: What each method makes use of, beside the budget.
 USED_BY: dict[Any, tuple[str, ...]] = {
-    **dict.fromkeys(("gaudi", "spread", "best"), ("rank", "granularity")),
+    **dict.fromkeys(("gaudi", "best"), ("rank", "granularity")),
+    "spread": ("rank", "granularity", "blocks"),
     **dict.fromkeys(GRID_LAYERS, ("blocks",)),
     **dict.fromkeys(("low_rank", "skip"), ()),
 }
@@ -41,7 +42,7 @@ class Rule:
         granularity: grid cell of the blocks' intervals in features: a number, or a pair (input
             axis, output axis). Each axis takes its largest divisor not above it.
         blocks: parts of each axis for "monarch", "blast" and "block_sparse": the largest number not
-            above it that divides both is taken.
+            above it that divides both is taken. For "spread" the most parts.
 
     Raises:
         UserError: a field is out of range, or the pattern is no regular expression.
@@ -105,7 +106,8 @@ class Choice:
         budget: the layer's own fraction, or None where the network's number holds.
         rank: columns of each block.
         granularity: pair (input axis, output axis), each a divisor of its axis.
-        blocks: parts of both axes for the layers on a grid, None for the others.
+        blocks: parts of both axes for the layers on a grid, the most of them for "spread" (None for
+            as many as there can be), None for the others.
     """
 
     method: Method
@@ -119,8 +121,8 @@ class Choice:
         n, m = shape
         if self.method == "low_rank":
             return min(n + m, n * m)
-        if self.blocks is not None:
-            return GRID_LAYERS[self.method].least(n, m, self.blocks)
+        if self.method in GRID_LAYERS:
+            return GRID_LAYERS[self.method].least(n, m, cast(int, self.blocks))
         cell_in, cell_out = self.granularity
         return min(self.rank * (cell_in + cell_out), cell_in * cell_out)
 
@@ -238,7 +240,8 @@ def _choice(path: str, shape: Shape, rule: Rule, default: Rule) -> Choice:
         )
     cells = (int(cell) for cell in np.broadcast_to(granularity, 2))
     pair = tuple(largest_divisor(n, cell) for n, cell in zip(shape, cells, strict=True))
-    return Choice(method, rule.budget, int(rank), (pair[0], pair[1]))
+    parts = int(blocks) if method == "spread" and blocks is not None else None
+    return Choice(method, rule.budget, int(rank), (pair[0], pair[1]), parts)
 
 
 def _some(items: Sequence[str]) -> str:

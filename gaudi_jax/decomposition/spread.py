@@ -37,6 +37,7 @@ def spread(
     *,
     rank: int = 1,
     granularity: int | tuple[int, int] = 1,
+    parts: int | None = None,
     second_moment: Float[Array, "in in"] | None = None,
 ) -> Factors:
     """Approximates a kernel by as many blocks of one size as there can be, evenly spread.
@@ -52,6 +53,8 @@ def spread(
         rank: columns of each block.
         granularity: grid cell of the parts in features: a number, or a pair (input, output). Each
             divides its axis.
+        parts: the most that each axis is cut into, at least 1; None for as many as there can be.
+            Fewer parts make fewer and larger blocks, which are faster once packed; 1 is low rank.
         second_moment: E[x xᵀ] of the layer's inputs, shape (in, in), to fit outputs instead of the
             kernel.
 
@@ -60,7 +63,7 @@ def spread(
         a cell where their number does not divide the axis.
 
     Raises:
-        UserError: as `gaudi_jax.decompose`; or kernels are stacked.
+        UserError: as `gaudi_jax.decompose`; or kernels are stacked, or `parts` is below 1.
 
     Source:
         M. Roberts, "The unreasonable effectiveness of quasirandom sequences" (2018), for R2.
@@ -78,6 +81,8 @@ def spread(
         raise UserError(f"kernel of shape {shape} is no matrix; spread blocks over one at a time")
     n, m = shape
     cell = check_structure(n, m, budget, rank, granularity)
+    if parts is not None and parts < 1:
+        raise UserError(f"parts={parts} must be at least 1; leave it out for as many as can be")
     if second_moment is not None:
         found = check_matrices("second_moment", second_moment, symmetric=True)
         if found != (n, n):
@@ -85,7 +90,7 @@ def spread(
                 f"second_moment of shape {found} does not fit a kernel of shape {shape}; it must "
                 f"have shape {(n, n)}"
             )
-    windows = _windows((n, m), cell, affordable(budget, n * m), rank)
+    windows = _windows((n, m), cell, affordable(budget, n * m), rank, parts or max(n, m))
     start, length = jnp.asarray(windows.start), jnp.asarray(windows.length)
     part = jnp.asarray(np.repeat(windows.part, cell[0]))
     return _spread(kernel, second_moment, start, length, part, rank=rank, cell=cell)
@@ -105,7 +110,9 @@ class Windows(NamedTuple):
     part: np.ndarray
 
 
-def _windows(shape: tuple[int, int], cell: tuple[int, int], cost: int, rank: int) -> Windows:
+def _windows(
+    shape: tuple[int, int], cell: tuple[int, int], cost: int, rank: int, most: int
+) -> Windows:
     """As many windows as a cost buys, on parts of both axes."""
     slots, per_column = min(shape) // rank, cost // rank
     cells = [size // c for size, c in zip(shape, cell, strict=True)]
@@ -130,7 +137,7 @@ def _windows(shape: tuple[int, int], cell: tuple[int, int], cost: int, rank: int
     def counts(axis: int, length: float) -> list[int]:
         """Counts of parts that come next to a length in features."""
         wanted = shape[axis] / max(length, cell[axis])
-        return sorted({min(max(f(wanted), 1), cells[axis]) for f in (math.floor, math.ceil)})
+        return sorted({min(max(f(wanted), 1), cells[axis], most) for f in (math.floor, math.ceil)})
 
     # In proportion to the axes, but at least a cell on each; those that leave the least unspent.
     first = counts(0, each - max(each * shape[1] / sum(shape), cell[1]))
