@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -62,6 +63,24 @@ def test_a_budget_buys_as_many_blocks_of_one_size_as_there_can_be(budget, rank, 
 def test_most_of_a_budget_is_spent(shape, budget):
     spent = int(spread(kernel(0, shape), budget).multiplications()) / math.prod(shape)
     assert 0.96 * budget < spent <= budget
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_no_small_change_of_a_factor_makes_the_error_smaller(aware):
+    moment = moment_of(SHAPE[0]) if aware else None
+    found = spread(kernel(), 0.3, second_moment=moment)
+
+    def slopes(weights):
+        def error(factors):
+            missed = kernel() - jnp.einsum("brn,brm->nm", *factors)
+            return jnp.einsum("nm,nk,km->", missed, weights, missed)
+
+        each = jax.grad(error)((found.v, found.u))
+        inside = [jnp.where(x != 0, g, 0) for x, g in zip(found[:2], each, strict=True)]
+        return float(optax.tree.norm(inside))
+
+    weights = jnp.eye(SHAPE[0]) if moment is None else moment
+    assert slopes(weights) < 0.002 * float(jnp.trace(kernel().T @ weights @ kernel()))
 
 
 @pytest.mark.parametrize(("parts", "columns"), [(1, 24), (2, 48), (4, 96), (8, 96)])
