@@ -5,9 +5,9 @@
         [--seeds 5]
     python benchmarks/learning.py --quick
 
-Trains every combination through ``main.py`` (one control through ``random_places.py``), two runs
-at a time with one core each; the tasks
-``shakespeare-gpu`` and ``cifar-gpu`` one at a time, on a GPU. Finished runs are kept in
+Trains every combination through ``main.py`` (controls at random places through
+``random_places.py``), two runs at a time with one core each; the tasks ``shakespeare-gpu`` and
+``cifar-gpu`` one at a time, on a GPU. Finished runs are kept in
 ``benchmarks/results/learning.csv`` and not repeated. Choices are made on the validation split; the
 test split is read once, at the end of a run. Prints a table for each task and draws
 ``benchmarks/results/learning-TASK.png``. ``--quick`` trains one seed on digits for 300 steps, and
@@ -292,7 +292,7 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
             cost = np.mean([float(row["cost"]) for row in chosen])
             points.append((cost, np.mean(values), standard_error(values)))
         x, y, error = zip(*points, strict=True)
-        for axes in (everything, near) if "search" in method or method == "dense" else [everything]:
+        for axes in (everything, near) if _starts_dense(method) else [everything]:
             color = colormaps["tab20"](number)
             axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=method, color=color)
     for axes in (everything, near):
@@ -301,6 +301,10 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
     everything.set_title(task)
     near.set_title("dense layers first")
     figure.savefig(RESULTS / f"learning-{task}.png")
+
+
+def _starts_dense(method: str) -> bool:
+    return method == "dense" or bool(re.search("search|spread|scattered|random places", method))
 
 
 def main() -> None:

@@ -4,7 +4,9 @@
 
 Their number, sizes and costs stay, layer by layer, and so do the dense start and the calibration:
 those of blocks by search with ``recipe=search``, those of blocks of one size otherwise. At the new
-places factors are fitted as they would have been at the old ones.
+places factors are fitted by sweeps; with a calibration windows begin at one of 16 or 32 places on
+the input axis, or, where they are shorter than the gaps, anywhere, and the fit is then that of the
+kernel.
 """
 
 import sys
@@ -19,7 +21,7 @@ from jax import Array
 
 from gaudi_jax.compression import layer
 from gaudi_jax.decomposition import Factors
-from gaudi_jax.decomposition.axes import PlainAxis, WeightedAxis
+from gaudi_jax.decomposition.axes import PlainAxis, WeightedAxis, num_anchors
 from gaudi_jax.decomposition.decompose import as_factors, scaled
 from gaudi_jax.decomposition.low_rank import regularise
 from gaudi_jax.decomposition.spread import fit_windows
@@ -52,10 +54,15 @@ def elsewhere(
     cell, rank = tuple(options["granularity"]), options["rank"]
     cells = jnp.array([[size // c] for size, c in zip(kernel.shape, cell, strict=True)])
     lengths = jnp.round(found.widths * cells).astype(jnp.int32)
-    return _moved(kernel, second_moment, lengths, key, cell=cell, rank=rank)
+    shortest = int(lengths[0][lengths[0] > 0].min())
+    readable = num_anchors(kernel.shape[0], int(cells[0, 0])) * shortest >= cells[0, 0]
+    options = {"cell": cell, "rank": rank, "readable": bool(readable)}
+    # Accelerators would multiply in fewer bits, and small differences of large numbers matter.
+    with jax.default_matmul_precision("highest"):
+        return _moved(kernel, second_moment, lengths, key, **options)
 
 
-@partial(jax.jit, static_argnames=("cell", "rank"))
+@partial(jax.jit, static_argnames=("cell", "rank", "readable"))
 def _moved(
     kernel: Array,
     moment: Array | None,
@@ -64,11 +71,14 @@ def _moved(
     *,
     cell: tuple[int, int],
     rank: int,
+    readable: bool,
 ) -> Factors:
+    """At the places that a key draws: fits the kernel, where inputs would not be readable."""
     n, m = kernel.shape
     kernel, scale = scaled(kernel, jnp.abs(kernel).max())
     axes = Axes(PlainAxis(n // cell[0], cell[0]), PlainAxis(m // cell[1], cell[1]))
-    if moment is not None:  # windows then begin at one of some places
+    # Weighted windows begin at anchors: short ones would leave the inputs between them unread.
+    if moment is not None and readable:
         moment = regularise(scaled(moment, jnp.trace(moment) / n)[0])
         axes = axes._replace(input=WeightedAxis.of(moment, n // cell[0]))
     *places, values = jax.random.split(key, 3)
@@ -76,7 +86,7 @@ def _moved(
     for axis, place in zip(axes, places, strict=True):
         where = jax.random.uniform(place, lengths.shape[1:])
         starts.append(axis.windows(where, where)[0])
-    blocks = fit_windows(kernel, axes, jnp.stack(starts), lengths, rank=rank, key=values)
+    blocks = fit_windows(kernel, axes, jnp.stack(starts), lengths, rank=rank, sweeps=60, key=values)
     return as_factors(blocks, axes, scale)
 
 

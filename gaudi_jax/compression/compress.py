@@ -96,7 +96,8 @@ def compress(
             given as it is. Layers that the model applies inside `jax.vmap`, `jax.checkpoint` or
             loops of `jax.lax`, or inside `nnx.scan` with state that is shared by the steps, cannot
             be observed: give them a rule with method="skip", or compress without calibration.
-        rounds: effort of each search; time is proportional to it.
+        rounds: effort of each search, or a third of the sweeps that fit "spread" blocks; time is
+            proportional to it.
         key: random key of the searches; None for a fixed one.
         progress: show bars with the time left, and the plan as a table, on stderr.
 
@@ -164,7 +165,7 @@ def _solve(
     key: Array | None,
     progress: bool,
 ) -> dict[str, Solution]:
-    """Decomposes all layers: on a CPU one after the other, elsewhere some at a time.
+    """Decomposes all layers: on a CPU one after the other, elsewhere searches some at a time.
 
     A search is a long row of small operations. An accelerator starts one for many kernels in the
     time of one, and a CPU gains nothing: two searches at once are no faster on two cores. (They
@@ -187,7 +188,7 @@ def _solve(
                 chosen = [layers[path] for path in paths]
                 found = [*search_blocks(chosen, [costs[path] for path in paths], rounds, key)]
             elif method == "spread":
-                found = [spread_blocks(layers[path], costs[path]) for path in paths]
+                found = [spread_blocks(layers[path], costs[path], rounds) for path in paths]
             for path, factors in zip(paths, found, strict=True):
                 solutions[path] = layers[path].solve(costs[path], factors)
                 bar.update(weights[path])

@@ -77,7 +77,7 @@ class Layer:
 
         Args:
             cost: multiplications that it may cost.
-            found: what `search_blocks` has found for it.
+            found: what `search_blocks` or `spread_blocks` has found for it.
         """
         kernel, moment = self.problem()
         candidates = []
@@ -197,12 +197,13 @@ def search_blocks(
     return [Factors(*parts) for parts in zip(*found, strict=True)]
 
 
-def spread_blocks(layer: Layer, cost: int) -> Factors:
+def spread_blocks(layer: Layer, cost: int, rounds: int) -> Factors:
     """Blocks of one size, evenly spread, for a layer.
 
     Args:
         layer: the layer.
         cost: multiplications that it may cost.
+        rounds: effort of the fit.
     """
     kernel, moment = layer.problem()
     choice = layer.choice
@@ -213,6 +214,7 @@ def spread_blocks(layer: Layer, cost: int) -> Factors:
         granularity=choice.granularity,
         parts=choice.blocks,
         second_moment=moment,
+        sweeps=3 * rounds,
     )
 
 

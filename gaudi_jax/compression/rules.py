@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from gaudi_jax.decomposition.spread import least_cost
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import GRID_LAYERS, largest_divisor
 
@@ -123,6 +124,8 @@ class Choice:
             return min(n + m, n * m)
         if self.method in GRID_LAYERS:
             return GRID_LAYERS[self.method].least(n, m, cast(int, self.blocks))
+        if self.method == "spread":
+            return least_cost(shape, self.granularity, self.rank, self.blocks)
         cell_in, cell_out = self.granularity
         return min(self.rank * (cell_in + cell_out), cell_in * cell_out)
 
