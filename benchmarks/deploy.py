@@ -151,11 +151,11 @@ def layers(args: argparse.Namespace) -> list[Row]:
 def curve(args: argparse.Namespace) -> list[Row]:
     rows = [row for budget in args.budgets for row in layer_rows(args, budget)]
     show(rows)
-    draw(rows)
+    draw(rows, args.spread)
     return rows
 
 
-def draw(rows: Sequence[Row]) -> None:
+def draw(rows: Sequence[Row], parts: int | None) -> None:
     """Errors against times over the median time of the dense layer."""
     figure = Figure(figsize=(4 * len(SHAPES), 4), dpi=100, layout="constrained")
     names = dict.fromkeys(row["what"] for row in rows)
@@ -172,7 +172,8 @@ def draw(rows: Sequence[Row]) -> None:
         axes.set(title=name, xlabel="time over dense", ylabel="relative error", yscale="log")
         axes.axvline(1, color="grey", linewidth=0.8)
     axes.legend()
-    figure.savefig(RESULTS / f"deploy-curve-{jax.default_backend()}.png")
+    suffix = f"-spread-{parts}" if parts else ""
+    figure.savefig(RESULTS / f"deploy-curve-{jax.default_backend()}{suffix}.png")
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -358,8 +359,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--times", type=int, default=1, help="that a program applies a layer")
     args = parser.parse_args()
-    if args.spread:  # columns on the same parts are put together anyway
-        args.rank = args.gpt2_rank = 1
+    if args.spread:
+        for name in ("rank", "gpt2_rank", "granularity", "blocks"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} has no effect beside --spread")
+        args.rank = args.gpt2_rank = 1  # columns on the same parts are put together anyway
     if args.attention:
         attention = partial(jax.nn.dot_product_attention, implementation=args.attention)
         vars(jax.nn).update(dot_product_attention=attention)

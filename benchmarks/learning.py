@@ -73,10 +73,12 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
     scratch = f"recipe=budget,{own}"
     layers = {"Gaudi": "gaudi", "low-rank": "low_rank"}
 
-    def search(kind: str, *shares: float, left: Sequence[float] = ()) -> Method:
+    def search(
+        kind: str, *shares: float, left: Sequence[float] = (), recipe: str = "search"
+    ) -> Method:
         """Layers of a kind, found at these shares of the steps for what is left of the cost."""
         pairs = tuple(zip(shares, left or (budget,) * len(shares), strict=True))
-        return f"layer={layers[kind]},recipe=search,{own}", (f"--config.compress.stages={pairs}",)
+        return f"layer={layers[kind]},recipe={recipe},{own}", (f"--config.compress.stages={pairs}",)
 
     def with_options(method: Method, *options: str) -> Method:
         return method[0], (*method[1], *options)
@@ -117,9 +119,7 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
         },
         f"{MOVED} 0.3": search("Gaudi", 0.3),
         **{
-            f"{name} 0.3{suffix}": with_options(
-                search("Gaudi", 0.3), "--config.compress.method=spread", *options
-            )
+            f"{name} 0.3{suffix}": with_options(search("Gaudi", 0.3, recipe="spread"), *options)
             for name in (SPREAD, ONE_SIZE)
             for suffix, options in {"": (), GRID: on_grid}.items()
         },

@@ -65,13 +65,13 @@ GRID = ("--config.compress.granularity={grid}",)
 #: Arguments of the config, and options of the command line.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("layer=dense", ()),
-    "low-rank": ("layer=low_rank", ("--config.compress.allocation=uniform",)),
-    "low-rank, shared out": ("layer=low_rank", ()),
-    "Monarch": ("layer=monarch", ()),
-    "BLAST": ("layer=blast", ()),
-    "block-sparse": ("layer=block_sparse", ()),
-    "Gaudi": ("layer=gaudi", ()),
-    "Gaudi, grid": ("layer=gaudi", GRID),
+    "low-rank": ("layer=low_rank,recipe=spread", ("--config.compress.allocation=uniform",)),
+    "low-rank, shared out": ("layer=low_rank,recipe=spread", ()),
+    "Monarch": ("layer=monarch,recipe=spread", ()),
+    "BLAST": ("layer=blast,recipe=spread", ()),
+    "block-sparse": ("layer=block_sparse,recipe=spread", ()),
+    "Gaudi": ("layer=gaudi,recipe=spread", ()),
+    "Gaudi, grid": ("layer=gaudi,recipe=spread", GRID),
     "Gaudi, search": ("layer=gaudi,recipe=search", ()),
     "Gaudi, search, grid": ("layer=gaudi,recipe=search", GRID),
 }
@@ -82,8 +82,6 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     argument, options = METHODS[method]
     if method != "dense":
         argument = f"{argument},budget={budget}"
-        if "recipe" not in argument:
-            argument += ",recipe=spread"
         options = (*options, f"--config.compress.stages=(({SHARE},{budget}),)")
     filled = [option.format(grid=task.width // 8) for option in options]
     summary = train(

@@ -1,4 +1,4 @@
-"""A dense ViT on digits, compressed by search and fine-tuned.
+"""A dense ViT on digits, compressed and fine-tuned.
 
     python main.py --config=configs/digits_vit_gaudi_finetune.py
     python main.py --config=configs/digits_vit_gaudi_finetune.py:dense=WORKDIR,method=low_rank
@@ -9,7 +9,7 @@ their blocks are then found anew, on a coarser grid for example, which deploys f
 
     python main.py --config=configs/digits_vit_gaudi_finetune.py:dense=WORKDIR,granularity=16
 
-Arguments: ``method=gaudi|low_rank|monarch|blast|block_sparse|best``, ``budget=0.24`` (of the
+Arguments: ``method=gaudi|spread|low_rank|monarch|blast|block_sparse|best``, ``budget=0.24`` (of the
 transformer blocks' layers; with patch embedding and head it comes to 0.25), ``granularity=1``,
 ``dense=WORKDIR``, ``smoke``.
 

@@ -43,7 +43,7 @@ def use_layer(
     widths: str = "split",
     factor_scale: float = 1.0,
 ) -> None:
-    """Chooses the linear layers of all blocks and, for Gaudi layers, how they learn structure.
+    """Chooses the linear layers of all blocks, and how they come to their structure.
 
     The spread and the search recipe: dense layers for three tenths of the steps, which are then
     compressed, in Gaudi layers to blocks of one size, evenly spread, or to blocks that are found by
@@ -140,7 +140,7 @@ def _keep_structure(config: ConfigDict) -> None:
 def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> None:
     """Starts from a trained dense model whose layers are compressed, and then fine-tuned.
 
-    The structure stays as the search finds it; the factors learn at four times the rate of the
+    The structure stays as compression makes it; the factors learn at four times the rate of the
     rest (docs/results.md).
 
     Args:

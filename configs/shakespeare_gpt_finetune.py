@@ -1,4 +1,4 @@
-"""A dense character model of Shakespeare, compressed by search and fine-tuned.
+"""A dense character model of Shakespeare, compressed and fine-tuned.
 
     python main.py --config=configs/shakespeare_gpt_finetune.py:text=shakespeare.txt
     python main.py --config=configs/shakespeare_gpt_finetune.py:text=shakespeare.txt,dense=WORKDIR
@@ -8,8 +8,8 @@ folder ``dense``, or takes the one of the run that ``dense=`` names, whose text 
 same characters.
 
 Arguments: ``text=PATH``, ``size=cpu|gpu``,
-``method=gaudi|low_rank|monarch|blast|block_sparse|best``, ``budget=0.44`` (of the blocks' layers),
-``granularity=1``, ``dense=WORKDIR``, ``smoke``.
+``method=gaudi|spread|low_rank|monarch|blast|block_sparse|best``, ``budget=0.44`` (of the blocks'
+layers), ``granularity=1``, ``dense=WORKDIR``, ``smoke``.
 """
 
 from configs import shakespeare_gpt_gaudi

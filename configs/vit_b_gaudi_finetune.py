@@ -1,4 +1,4 @@
-"""A pretrained ViT-B/16, compressed by search and fine-tuned on ImageNet-1k.
+"""A pretrained ViT-B/16, compressed and fine-tuned on ImageNet-1k.
 
     python main.py --config=configs/vit_b_gaudi_finetune.py --workdir=runs/vit_b_finetune
     python main.py --config=configs/vit_b_gaudi_finetune.py:dense=runs/vit_b_dense
@@ -7,7 +7,7 @@ Starts from a Hugging Face folder or id, or from the workdir of a dense run of
 ``configs/vit_b_gaudi.py:layer=dense``.
 
 Arguments: ``dense=google/vit-base-patch16-224``,
-``method=gaudi|low_rank|monarch|blast|block_sparse|best``, ``budget=0.3``, ``granularity=1``,
+``method=gaudi|spread|low_rank|monarch|blast|block_sparse|best``, ``budget=0.3``, ``granularity=1``,
 ``epochs=35``, ``data=tfds:imagenet2012`` or ``data=folder:PATH``, ``smoke`` (trains a small dense
 model on generated images first).
 

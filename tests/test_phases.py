@@ -82,6 +82,18 @@ def test_resuming_in_any_phase_equals_never_stopping(finished, tmp_path, monkeyp
     assert resumed == rows_without_time(finished)
 
 
+def test_a_run_with_spread_blocks_resumes_likewise(tmp_path, monkeypatch):
+    config = phased_config(stages=((0.5, 0.4),), method="spread", blocks=4)
+    assert loop.train(config, tmp_path / "one")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        assert not loop.train(config, tmp_path / "two")
+    assert loop.train(config, tmp_path / "two")
+    assert_same(parameters(tmp_path / "two"), parameters(tmp_path / "one"))
+    layer = gaudi_jax.load(tmp_path / "two").blocks[0].mlp.fc1
+    assert set(np.round(np.ravel(layer.widths[...]) * 4).tolist()) <= {1, 2, 4}
+
+
 def test_a_signal_while_it_is_compressed_leaves_that_to_the_next_start(
     finished, tmp_path, monkeypatch
 ):

@@ -146,7 +146,13 @@ def test_initialising_from_another_run(finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", ["smoke,layer=dense", "smoke,recipe=budget,layer=low_rank", "smoke,recipe=paper"]
+    "arguments",
+    [
+        "smoke,layer=dense",
+        "smoke,recipe=budget,layer=low_rank",
+        "smoke,recipe=paper",
+        "smoke,recipe=spread",
+    ],
 )
 def test_every_layer_and_recipe_trains(arguments, tmp_path):
     config = tiny_config(arguments, steps=4)
@@ -156,7 +162,7 @@ def test_every_layer_and_recipe_trains(arguments, tmp_path):
     summary = write_report(tmp_path)
     dense = "dense" in arguments
     assert (summary["relative_multiplications"] == 1) == dense
-    assert (tmp_path / "masks.png").exists() == ("paper" in arguments)
+    assert (tmp_path / "masks.png").exists() == ("paper" in arguments or "spread" in arguments)
     assert np.isfinite(summary["test_loss_hard"])
     if "paper" in arguments:
         sigmas = [row["sigma"] for row in read_metrics(tmp_path) if "sigma" in row]
