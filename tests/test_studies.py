@@ -166,8 +166,8 @@ def test_tables_of_rivals(study):
     # None but dense layers are compared at another budget, and no seed without its own Gaudi run.
     pair = "0.3750 ± 0.1250"
     assert cells_of(tradeoff.paired_table(ROWS)) == [
-        ["dense", "0.25", "-0.1250", "-0.1250", "one seed"],
-        ["BLAST", "0.25", pair, pair, "Gaudi"],
+        ["dense", "Gaudi", "0.25", "-0.1250", "-0.1250", "one seed"],
+        ["BLAST", "Gaudi", "0.25", pair, pair, "Gaudi"],
     ]
     assert cells_of(tradeoff.paired_table(ROWS[:2])) == []
 
