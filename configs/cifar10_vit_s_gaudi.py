@@ -4,7 +4,7 @@
     python main.py --config=configs/cifar10_vit_s_gaudi.py:layer=dense --workdir=runs/cifar10_dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=spread|search|budget|paper``, ``budget=0.3``, ``size=gpu|cpu``, ``epochs=300``, ``smoke``,
+``recipe=search|spread|budget|paper``, ``budget=0.3``, ``size=gpu|cpu``, ``epochs=300``, ``smoke``,
 and ``data=tfds:cifar10`` (prepared once with TensorFlow Datasets) or ``data=folder:PATH`` with
 ``PATH/train/<class>/*``. 5000 training images are held out.
 

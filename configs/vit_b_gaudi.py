@@ -4,7 +4,7 @@
     python main.py --config=configs/vit_b_gaudi.py:layer=dense --workdir=runs/vit_b_dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=spread|search|budget|paper``, ``budget=0.33``, ``epochs=310``, ``smoke``, and
+``recipe=search|spread|budget|paper``, ``budget=0.33``, ``epochs=310``, ``smoke``, and
 ``data=tfds:imagenet2012`` (prepared once with TensorFlow Datasets) or ``data=folder:PATH`` with
 ``PATH/train/<class>/*`` and ``PATH/validation/<class>/*``.
 

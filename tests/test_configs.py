@@ -114,8 +114,8 @@ def test_how_fast_factors_learn(module, arguments, scale):
 @pytest.mark.parametrize(
     ("arguments", "method"),
     [
-        ("layer=gaudi", "spread"),
-        ("layer=gaudi,recipe=search", "gaudi"),
+        ("layer=gaudi", "gaudi"),
+        ("layer=gaudi,recipe=spread", "spread"),
         ("layer=low_rank", "low_rank"),
         ("layer=low_rank,recipe=search", "low_rank"),
     ],
@@ -125,6 +125,11 @@ def test_by_default_layers_are_dense_for_three_tenths_of_the_steps(arguments, me
     assert config.compress.method == method
     assert config.compress.stages == ((0.3, 0.25),)
     assert {options.name for options in config.layer.values()} == {"dense"}
+
+
+def test_on_texts_blocks_are_spread_by_default():
+    config = docs_gpt_gaudi.get_config("budget=0.25")
+    assert (config.compress.method, config.compress.stages) == ("spread", ((0.3, 0.25),))
 
 
 def test_cifar_has_a_size_for_a_cpu():

@@ -73,8 +73,8 @@ def compress(
             1 is allowed. Or the rules, each with its own budget.
         rules: `Rule`s, or mappings with the same keys; the first that matches a layer holds.
         method: "gaudi" for `GaudiLinear`s found by search, "spread" for `GaudiLinear`s with
-            blocks of one size, evenly spread, which are worse straight away and better once trained
-            on (`gaudi_jax.decomposition.spread`), "low_rank" for `LowRankLinear`s of
+            blocks of one size, evenly spread, which are worse straight away and may be better once
+            trained on (`gaudi_jax.decomposition.spread`), "low_rank" for `LowRankLinear`s of
             the truncated SVD (with calibration: whitened SVD), "best" for the better one of search
             and SVD, "monarch" for `MonarchLinear`s of block-wise SVD, "blast" for
             `BlastLinear`s of preconditioned gradient descent, "block_sparse" for

@@ -49,8 +49,8 @@ def spread(
     points fill a square evenly. Parts are as long as ⌊min(in, out) / rank⌋ blocks can be, or a
     little longer, in proportion to the axes. Factors are fitted by exact coordinate descent.
 
-    The result is farther from the kernel than that of `gaudi_jax.decompose`, and the better one
-    once its factors are trained on (docs/learning.md).
+    The result is farther from the kernel than that of `gaudi_jax.decompose`. Once its factors are
+    trained on it may be the better one, as on texts (docs/learning.md).
 
     Args:
         kernel: dense kernel, shape (in, out).
