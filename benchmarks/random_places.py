@@ -1,11 +1,11 @@
 """``main.py`` with a control: blocks are moved to random places once they are found, or spread.
 
-    python benchmarks/random_places.py --config=configs/docs_gpt_gaudi.py:budget=0.125 ...
+    python benchmarks/random_places.py --config=configs/docs_gpt_gaudi.py:recipe=search ...
 
 Their number, sizes and costs stay, layer by layer, and so do the dense start and the calibration:
 those of blocks by search with ``recipe=search``, those of blocks of one size otherwise. At the new
 places factors are fitted by sweeps; with a calibration windows begin at one of 16 or 32 places on
-the input axis, or, where they are shorter than the gaps, anywhere, and the fit is then that of the
+the input axis, or, where most are shorter than the gaps, anywhere, and the fit is then that of the
 kernel.
 """
 
@@ -54,8 +54,8 @@ def elsewhere(
     cell, rank = tuple(options["granularity"]), options["rank"]
     cells = jnp.array([[size // c] for size, c in zip(kernel.shape, cell, strict=True)])
     lengths = jnp.round(found.widths * cells).astype(jnp.int32)
-    shortest = int(lengths[0][lengths[0] > 0].min())
-    readable = num_anchors(kernel.shape[0], int(cells[0, 0])) * shortest >= cells[0, 0]
+    usual = float(jnp.median(lengths[0][lengths[0] > 0]))
+    readable = num_anchors(kernel.shape[0], int(cells[0, 0])) * usual >= cells[0, 0]
     options = {"cell": cell, "rank": rank, "readable": bool(readable)}
     # Accelerators would multiply in fewer bits, and small differences of large numbers matter.
     with jax.default_matmul_precision("highest"):

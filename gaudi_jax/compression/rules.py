@@ -202,7 +202,7 @@ def _check_effects(rules: Sequence[Rule], default: Rule) -> None:
     for rule, its_methods in asked:
         for name in ("rank", "granularity", "blocks"):
             value = getattr(rule, name)
-            usual = value is None or np.all(np.asarray(value) == 1)
+            usual = value is None or (name != "blocks" and np.all(np.asarray(value) == 1))
             if its_methods and not usual and not any(name in USED_BY[m] for m in its_methods):
                 useful = [repr(method) for method, names in USED_BY.items() if name in names]
                 raise UserError(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -70,8 +71,8 @@ def spread(
         a cell where their number does not divide the axis.
 
     Raises:
-        UserError: as `gaudi_jax.decompose`; or kernels are stacked, `parts` is below 1, or the
-            budget buys no block.
+        UserError: as `gaudi_jax.decompose`; or kernels are stacked, `parts` or `sweeps` is no whole
+            number from 1 on, or the budget does not buy a block on each part.
 
     Source:
         M. Roberts, "The unreasonable effectiveness of quasirandom sequences" (2018), for R2.
@@ -89,12 +90,14 @@ def spread(
         raise UserError(f"kernel of shape {shape} is no matrix; spread blocks over one at a time")
     n, m = shape
     cell = check_structure(n, m, budget, rank, granularity)
-    if parts is not None and parts < 1:
-        raise UserError(f"parts={parts} must be at least 1; leave it out for as many as can be")
+    for name, number in (("parts", 1 if parts is None else parts), ("sweeps", sweeps)):
+        if number != int(number) or number < 1:
+            raise UserError(f"{name}={number} must be a whole number, at least 1")
     cost, least = affordable(budget, n * m), least_cost(shape, cell, rank, parts)
     if cost < least:
         raise UserError(
-            f"budget={budget} buys no block of a {n}x{m} kernel; the least is {least / (n * m):.4g}"
+            f"budget={budget} is less than {least / (n * m):.4g}, the least that blocks cost that "
+            f"read and write all of a {n}x{m} kernel; give a larger one"
         )
     if second_moment is not None:
         found = check_matrices("second_moment", second_moment, symmetric=True)
@@ -107,22 +110,6 @@ def spread(
     start, length = jnp.asarray(windows.start), jnp.asarray(windows.length)
     part = jnp.asarray(np.repeat(windows.part, cell[0]))
     return _spread(kernel, second_moment, start, length, part, sweeps, rank=rank, cell=cell)
-
-
-def least_cost(shape: tuple[int, int], cell: tuple[int, int], rank: int, parts: int | None) -> int:
-    """Multiplications of the smallest block that there can be.
-
-    Args:
-        shape: (in, out) of the kernel.
-        cell: features of a grid cell on both axes.
-        rank: columns of a block.
-        parts: the most that each axis is cut into; None for no limit.
-    """
-    a, b = (
-        math.ceil(size // c / min(size // c, parts or size)) * c
-        for size, c in zip(shape, cell, strict=True)
-    )
-    return min(rank * (a + b), a * b)
 
 
 class Windows(NamedTuple):
@@ -140,6 +127,26 @@ class Windows(NamedTuple):
     part: np.ndarray
     cost: int
 
+    @property
+    def blocks(self) -> int:
+        """Slots in use."""
+        return int(np.count_nonzero(self.length[0]))
+
+
+def least_cost(shape: tuple[int, int], cell: tuple[int, int], rank: int, parts: int | None) -> int:
+    """The fewest multiplications of blocks that read all inputs and write all outputs.
+
+    Args:
+        shape: (in, out) of the kernel.
+        cell: features of a grid cell on both axes.
+        rank: columns of a block.
+        parts: the most that each axis is cut into; None for no limit.
+    """
+    return min(
+        _on_parts(pair, max(pair), shape, cell, rank).cost
+        for pair in _sparsest(shape, cell, rank, parts)
+    )
+
 
 def spread_windows(
     shape: tuple[int, int], cell: tuple[int, int], cost: int, rank: int, parts: int | None
@@ -153,53 +160,85 @@ def spread_windows(
         rank: columns of a block.
         parts: the most that each axis is cut into; None for no limit.
     """
-    slots = min(shape) // rank
-    most = [min(size // c, parts or size) for size, c in zip(shape, cell, strict=True)]
+    n, m = shape
+    slots, most = min(shape) // rank, _most_parts(shape, cell, parts)
+    if cost >= n * m and most[n > m] >= slots:  # strips of the kernel itself
+        pair = (1, slots) if n > m else (slots, 1)
+        return _on_parts(pair, slots, shape, cell, rank)
     # Smaller blocks of these proportions have fewer entries than their factors.
-    smallest = rank * sum(shape) ** 2 / math.prod(shape)
+    smallest = rank * (n + m) ** 2 / (n * m)
     both = min(max(cost / rank / slots, smallest), cost / rank)
-    second = max(both * shape[1] / sum(shape), cell[1])
+    second = max(both * m / (n + m), cell[1])
     first = max(both - second, cell[0])
     lengths = first, max(both - first, cell[1])
     choices = [
         sorted({min(max(f(size / length), 1), limit) for f in (math.floor, math.ceil)})
         for size, length, limit in zip(shape, lengths, most, strict=True)
     ]
-    every = [_on_parts(pair, shape, cell, cost, rank) for pair in itertools.product(*choices)]
-    every = [found for found in every if found.cost]
-    if not every:  # the smallest there are
-        return _on_parts((most[0], most[1]), shape, cell, cost, rank)
+    every = _covering(itertools.product(*choices), shape, cell, cost, rank)
+    if not every:  # each block is as dear as its entries: one on each part
+        number = min(*most, slots, math.ceil(n * m / cost))
+        pairs = [(number, number), *_sparsest(shape, cell, rank, parts)]
+        return max(_covering(pairs, shape, cell, cost, rank), key=lambda found: found.cost)
     enough = ENOUGH * max(found.cost for found in every)
     return max(
         (found for found in every if found.cost >= enough),
-        key=lambda found: (np.count_nonzero(found.length[0]), found.cost),
+        key=lambda found: (found.blocks, found.cost),
     )
 
 
+def _most_parts(
+    shape: tuple[int, int], cell: tuple[int, int], parts: int | None
+) -> tuple[int, int]:
+    n, m = (min(size // c, parts or size) for size, c in zip(shape, cell, strict=True))
+    return n, m
+
+
+def _sparsest(
+    shape: tuple[int, int], cell: tuple[int, int], rank: int, parts: int | None
+) -> list[tuple[int, int]]:
+    """Counts of parts of which one has the cheapest blocks that cover both axes."""
+    slots, most = min(shape) // rank, _most_parts(shape, cell, parts)
+    return [(1, 1), (min(*most, slots),) * 2, (min(most[0], slots), min(most[1], slots))]
+
+
+def _covering(
+    pairs: Iterable[tuple[int, ...]],
+    shape: tuple[int, int],
+    cell: tuple[int, int],
+    cost: int,
+    rank: int,
+) -> list[Windows]:
+    """For each pair of counts of parts as many blocks as a cost buys; if each part gets one."""
+    slots, found = min(shape) // rank, []
+    for pair in pairs:
+        a, b = (size / p for size, p in zip(shape, pair, strict=True))
+        count = min(slots, int(cost // min(rank * (a + b), a * b)) + 1)
+        while count >= max(pair):
+            windows = _on_parts(pair, count, shape, cell, rank)
+            if windows.cost <= cost:
+                found.append(windows)
+                break
+            count -= 1
+    return found
+
+
 def _on_parts(
-    parts: tuple[int, ...], shape: tuple[int, int], cell: tuple[int, int], cost: int, rank: int
+    parts: tuple[int, ...], count: int, shape: tuple[int, int], cell: tuple[int, int], rank: int
 ) -> Windows:
-    """As many windows as a cost buys on so many parts of each axis; none if it buys none."""
-    slots = min(shape) // rank
-    cells = [size // c for size, c in zip(shape, cell, strict=True)]
-    edges = [np.arange(p + 1) * size // p for p, size in zip(parts, cells, strict=True)]
-    a, b = (size / p for size, p in zip(shape, parts, strict=True))
-    start, length = np.zeros((2, 2, slots), np.int32)
-    spent, count = 0, min(slots, int(cost // min(rank * (a + b), a * b)) + 1)
-    while count:
-        number = np.arange(count)
-        for axis, (step, edge) in enumerate(zip(STEPS, edges, strict=True)):
-            # By their order instead of their place: equally many blocks for each part.
-            order = np.argsort(np.argsort((0.5 + step * number) % 1)) * parts[axis] // count
-            start[axis, :count], length[axis, :count] = edge[order], np.diff(edge)[order]
-        sizes = length[:, :count] * np.array(cell)[:, None]
-        spent = int(np.minimum(rank * sizes.sum(axis=0), sizes.prod(axis=0)).sum())
-        if spent <= cost:
-            break
-        count -= 1
-        start[:, count], length[:, count] = 0, 0
-    part = np.repeat(np.arange(parts[0]), np.diff(edges[0]))
-    return Windows(start, length, part, spent if count else 0)
+    """Windows of a number of blocks on so many parts of each axis."""
+    edges = [
+        np.arange(p + 1) * (size // c) // p for p, size, c in zip(parts, shape, cell, strict=True)
+    ]
+    start, length = np.zeros((2, 2, min(shape) // rank), np.int32)
+    for axis, (step, edge) in enumerate(zip(STEPS, edges, strict=True)):
+        # By their order instead of their place: equally many blocks for each part.
+        place = (0.5 + step * np.arange(count)) % 1
+        chosen = np.argsort(np.argsort(place)) * parts[axis] // count
+        start[axis, :count], length[axis, :count] = edge[chosen], np.diff(edge)[chosen]
+    sizes = length[:, :count] * np.array(cell)[:, None]
+    cost = int(np.minimum(rank * sizes.sum(axis=0), sizes.prod(axis=0)).sum())
+    return Windows(start, length, np.repeat(np.arange(parts[0]), np.diff(edges[0])), cost)
 
 
 def fit_windows(
