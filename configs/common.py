@@ -233,9 +233,8 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
     "budget": 0.3,  # multiplications over dense (but for gaudi with recipe=paper)
     "smoke": False,
 }
-#: Those of text configs, where blocks that are spread have done better than searched ones
-#: (docs/learning.md); attention_out is the layer that ends the attention.
-TEXT_ARGUMENTS = LAYER_ARGUMENTS | {"recipe": "spread", "attention_out": ""}
+#: Those of text configs; attention_out is the layer that ends the attention.
+TEXT_ARGUMENTS = LAYER_ARGUMENTS | {"attention_out": ""}
 
 
 def use_smoke_text(config: ConfigDict) -> None:

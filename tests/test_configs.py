@@ -127,11 +127,6 @@ def test_by_default_layers_are_dense_for_three_tenths_of_the_steps(arguments, me
     assert {options.name for options in config.layer.values()} == {"dense"}
 
 
-def test_on_texts_blocks_are_spread_by_default():
-    config = docs_gpt_gaudi.get_config("budget=0.25")
-    assert (config.compress.method, config.compress.stages) == ("spread", ((0.3, 0.25),))
-
-
 def test_cifar_has_a_size_for_a_cpu():
     config = cifar10_vit_s_gaudi.get_config("size=cpu,layer=dense")
     assert (config.model.width, config.model.dtype, config.train.steps) == (96, "float32", 2000)
