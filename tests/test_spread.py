@@ -85,6 +85,20 @@ def test_transposed_kernels_have_transposed_sizes(shape):
         np.testing.assert_array_equal(one, other[::-1])
 
 
+@pytest.mark.parametrize(("rank", "parts"), [(1, 2), (2, 2), (1, 1)])
+def test_columns_on_the_same_parts_are_orthogonal_and_of_equal_norms(rank, parts):
+    x = kernel(0, (32, 64))
+    found = spread(x, 0.5, rank=rank, parts=parts, second_moment=moment_of(32))
+    start, _ = windows_of(found, (32, 64))
+    for pair in set(zip(*start.tolist(), strict=True)):
+        blocks = np.flatnonzero((pair == start.T).all(axis=1))
+        v, u = (np.asarray(f)[blocks].reshape(-1, f.shape[-1]) for f in (found.v, found.u))
+        grams = v @ v.T, u @ u.T
+        np.testing.assert_allclose(grams[0], grams[1], atol=1e-4)
+        np.testing.assert_allclose(grams[0], np.diag(np.diag(grams[0])), atol=1e-4)
+        assert np.diag(grams[0]).min() > 1e-3
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize(("budget", "cell"), [(0.1, (1, 1)), (0.25, (1, 1)), (0.1, (4, 16))])
 def test_fewer_parts_make_fewer_and_larger_blocks(parts, budget, cell):
