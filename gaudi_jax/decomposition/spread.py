@@ -92,7 +92,7 @@ def spread(
     n, m = shape
     cell = check_structure(n, m, budget, rank, granularity)
     for name, number in (("parts", 1 if parts is None else parts), ("sweeps", sweeps)):
-        if number != int(number) or number < 1:
+        if not isinstance(number, int | np.integer) or number < 1:
             raise UserError(f"{name}={number} must be a whole number, at least 1")
     cost, least = affordable(budget, n * m), least_cost(shape, cell, rank, parts)
     if cost < least:
