@@ -83,7 +83,7 @@ def spread(
         >>> from gaudi_jax.decomposition import spread
         >>> factors = spread(jax.random.normal(jax.random.key(0), (16, 24)), 0.5)
         >>> factors.v.shape, int(factors.multiplications())
-        ((16, 1, 16), 180)
+        ((16, 1, 16), 192)
     """
     kernel = kernel if hasattr(kernel, "shape") else jnp.asarray(kernel)
     shape = check_matrices("kernel", kernel)
