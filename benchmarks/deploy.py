@@ -359,7 +359,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--times", type=int, default=1, help="that a program applies a layer")
     args = parser.parse_args()
-    if args.spread:
+    if args.spread is not None:
+        if args.spread < 1:
+            parser.error(f"--spread {args.spread} must be at least 1")
         for name in ("rank", "gpt2_rank", "granularity", "blocks"):
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} has no effect beside --spread")

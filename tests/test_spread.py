@@ -12,7 +12,7 @@ from flax import nnx
 import gaudi_jax
 from gaudi_jax import GaudiLinear
 from gaudi_jax.decomposition import decompose, relative_error, spread
-from gaudi_jax.decomposition.spread import least_cost, spread_windows
+from gaudi_jax.decomposition.spread import _orthogonal, least_cost, spread_windows
 from gaudi_jax.errors import UserError
 
 SHAPE = (32, 48)
@@ -97,6 +97,14 @@ def test_columns_on_the_same_parts_are_orthogonal_and_of_equal_norms(rank, parts
         np.testing.assert_allclose(grams[0], grams[1], atol=1e-4)
         np.testing.assert_allclose(grams[0], np.diag(np.diag(grams[0])), atol=1e-4)
         assert np.diag(grams[0]).min() > 1e-3
+
+
+def test_orthogonal_columns_keep_the_kernel_where_one_is_zero():
+    windows = spread_windows((32, 64), (1, 1), 1024, 1, 2)
+    swept = spread(kernel(0, (32, 64)), 0.5, parts=2)
+    swept = swept._replace(v=swept.v.at[::3].set(0))  # the largest column comes first afterwards
+    found = _orthogonal(swept, windows)
+    np.testing.assert_allclose(found.kernel(), swept.kernel(), atol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

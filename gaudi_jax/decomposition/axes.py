@@ -142,7 +142,7 @@ class PartedAxis(PlainAxis):
 
     def fit(self, h: Float[Array, "rank n"], anchor: Array, price: float | Array) -> Fit:
         """There are no other windows than the parts."""
-        raise NotImplementedError("windows on the parts of an axis cannot be moved")
+        raise TypeError("windows on the parts of an axis cannot be moved")
 
     def refit(self, h: Float[Array, "rank n"], start: Array, length: Array) -> Array:
         """The factor on a given part."""

@@ -295,10 +295,9 @@ def _orthogonal(factors: Factors, windows: Windows) -> Factors:
         )
         left, values, right = np.linalg.svd(r_v @ r_u.T)
         roots = np.sqrt(values)
-        v[blocks] = (q_v @ left * roots).T.reshape(v[blocks].shape)
-        u[blocks] = (q_u @ right.T * roots).T.reshape(u[blocks].shape)
-    # Rounding must not leave the windows.
-    v, u = (np.where(old == 0, 0, new) for old, new in ((factors.v, v), (factors.u, u)))
+        for x, columns in ((v, q_v @ left), (u, q_u @ right.T)):
+            inside = x[blocks].any(axis=(0, 1))  # rounding must not leave the windows
+            x[blocks] = np.where(inside, (columns * roots).T.reshape(x[blocks].shape), 0)
     return factors._replace(v=jnp.asarray(v), u=jnp.asarray(u))
 
 
