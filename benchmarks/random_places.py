@@ -17,15 +17,16 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from gaudi_jax.compression import layer
 from gaudi_jax.decomposition import Factors
 from gaudi_jax.decomposition.axes import PlainAxis, WeightedAxis, num_anchors
 from gaudi_jax.decomposition.decompose import as_factors, scaled
 from gaudi_jax.decomposition.low_rank import regularise
-from gaudi_jax.decomposition.spread import fit_windows
-from gaudi_jax.decomposition.sweeps import Axes
+from gaudi_jax.decomposition.search import weighed_error
+from gaudi_jax.decomposition.sweeps import Axes, Blocks, sweep
+from gaudi_jax.decomposition.windows import window_mask
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -60,6 +61,41 @@ def elsewhere(
     # Accelerators would multiply in fewer bits, and small differences of large numbers matter.
     with jax.default_matmul_precision("highest"):
         return _moved(kernel, second_moment, lengths, key, **options)
+
+
+def fit_windows(
+    kernel: Array,
+    axes: Axes,
+    start: Array,
+    length: Array,
+    *,
+    rank: int,
+    sweeps: int,
+    key: Array,
+) -> Blocks:
+    """Blocks on given windows, fitted to a kernel by sweeps from random factors.
+
+    Args:
+        kernel: dense kernel.
+        axes: both axes.
+        start: first cells of the windows; those in use first.
+        length: cells of the windows, 0 in free slots.
+        rank: columns of each block.
+        sweeps: refits of all factors.
+        key: random key of the first factors.
+    """
+    factors = []
+    for axis, first, cells, part in zip(axes, start, length, jax.random.split(key), strict=True):
+        inside = window_mask(first, cells, axis.cells, axis.cell)[:, None]
+        drawn = jax.random.normal(part, (len(first), rank, axis.cells * axis.cell))
+        factors.append(jnp.where(inside, drawn, 0))
+    blocks = Blocks(factors[0], factors[1], start, length)
+
+    def refit(_: int, both: tuple[Array, Blocks]) -> tuple[Array, Blocks]:
+        return sweep(*both, both[1].live.sum(), 0.0, axes, move_windows=False)
+
+    begin = weighed_error(kernel, blocks, axes), blocks
+    return lax.fori_loop(0, sweeps, refit, begin)[1]
 
 
 @partial(jax.jit, static_argnames=("cell", "rank", "readable"))

@@ -11,8 +11,8 @@ from flax import nnx
 
 import gaudi_jax
 from gaudi_jax import GaudiLinear
-from gaudi_jax.decomposition import decompose, relative_error, spread
-from gaudi_jax.decomposition.spread import _orthogonal, least_cost, spread_windows
+from gaudi_jax.decomposition import decompose, relative_error, spread, svd_factors
+from gaudi_jax.decomposition.parts import least_cost, spread_windows
 from gaudi_jax.errors import UserError
 
 SHAPE = (32, 48)
@@ -99,12 +99,19 @@ def test_columns_on_the_same_parts_are_orthogonal_and_of_equal_norms(rank, parts
         assert np.diag(grams[0]).min() > 1e-3
 
 
-def test_orthogonal_columns_keep_the_kernel_where_one_is_zero():
-    windows = spread_windows((32, 64), (1, 1), 1024, 1, 2)
-    swept = spread(kernel(0, (32, 64)), 0.5, parts=2)
-    swept = swept._replace(v=swept.v.at[::3].set(0))  # the largest column comes first afterwards
-    found = _orthogonal(swept, windows)
-    np.testing.assert_allclose(found.kernel(), swept.kernel(), atol=1e-4)
+@pytest.mark.parametrize("aware", [False, True])
+def test_on_one_part_they_are_the_truncated_svd(aware):
+    moment = moment_of(SHAPE[0]) if aware else None
+    found = spread(kernel(), 0.5, parts=1, second_moment=moment)
+    left, right = svd_factors(kernel(), int(0.5 * 32 * 48 / (32 + 48)), second_moment=moment)
+    np.testing.assert_allclose(found.kernel(), left.T @ right, atol=2e-3 if aware else 1e-4)
+
+
+def test_a_kernel_that_few_columns_make_is_kept():
+    low = kernel(0, (32, 2)) @ kernel(1, (2, 64))
+    found = spread(low, 0.5, parts=2)
+    assert float(relative_error(low, found.kernel())) < 1e-5
+    assert bool(jnp.isfinite(found.v).all())
 
 
 @pytest.mark.parametrize("parts", [2, 4])

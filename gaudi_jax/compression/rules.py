@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from gaudi_jax.decomposition.spread import least_cost
+from gaudi_jax.decomposition.parts import least_cost
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers.factory import GRID_LAYERS, largest_divisor
 

@@ -12,7 +12,6 @@ error.
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -104,49 +103,6 @@ class PlainAxis:
     ) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
         """Starts and lengths from numbers in [0, 1); even in the logarithm of the length."""
         return (place * self.cells).astype(jnp.int32), _lengths(size, self.cells)
-
-
-@dataclasses.dataclass(frozen=True)
-class PartedAxis(PlainAxis):
-    """An axis weighted by C, on which windows stand still: each is a part of one partition.
-
-    Attributes:
-        cells: number of grid cells.
-        cell: features of a cell.
-        second_moment: C, shape (n, n), positive definite.
-        inverse: ``C_SS⁻¹`` of every part S, in its place, shape (n, n).
-    """
-
-    second_moment: Float[Array, "n n"]
-    inverse: Float[Array, "n n"]
-
-    @classmethod
-    def of(
-        cls, second_moment: Float[Array, "n n"], part: Int[Array, " n"], cells: int
-    ) -> "PartedAxis":
-        """Inverts C (made positive definite by `regularise`) part by part.
-
-        Args:
-            second_moment: C.
-            part: the part of each feature.
-            cells: number of grid cells.
-        """
-        n = second_moment.shape[0]
-        lower = jnp.linalg.cholesky(jnp.where(part == part[:, None], second_moment, 0))
-        inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(n))
-        return cls(cells, n // cells, second_moment, inverse)
-
-    def weigh(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """The product x C."""
-        return x @ self.second_moment
-
-    def fit(self, h: Float[Array, "rank n"], anchor: Array, price: float | Array) -> Fit:
-        """There are no other windows than the parts."""
-        raise TypeError("windows on the parts of an axis cannot be moved")
-
-    def refit(self, h: Float[Array, "rank n"], start: Array, length: Array) -> Array:
-        """The factor on a given part."""
-        return super().refit(h, start, length) @ self.inverse
 
 
 @dataclasses.dataclass(frozen=True)
