@@ -5,8 +5,8 @@
         [--seeds 5]
     python benchmarks/learning.py --quick
 
-Trains every combination through ``main.py`` (controls at random places through
-``random_places.py``), two runs at a time with one core each; the tasks ``shakespeare-gpu`` and
+Trains every combination through ``main.py`` (controls through ``random_places.py`` and
+``ranks_by_error.py``), two runs at a time with one core each; the tasks ``shakespeare-gpu`` and
 ``cifar-gpu`` one at a time, on a GPU. Finished runs are kept in
 ``benchmarks/results/learning.csv`` and not repeated. Choices are made on the validation split; the
 test split is read once, at the end of a run. Prints a table for each task and draws
@@ -60,6 +60,14 @@ FROZEN = (
 )
 #: Controls whose blocks are moved to random places, once they are found or spread.
 MOVED, ONE_SIZE = "Gaudi, moved to random places at", "Gaudi, of one size at random places at"
+#: A control whose blocks lie where the error is, on the parts of spread ones.
+BY_ERROR = "Gaudi, spread by error at"
+#: The programs of controls; all others are trained by main.py.
+CONTROLS = {
+    MOVED: "benchmarks/random_places.py",
+    ONE_SIZE: "benchmarks/random_places.py",
+    BY_ERROR: "benchmarks/ranks_by_error.py",
+}
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
 GRADIENTS = VARIANT + "gradients on the structure, search at"
@@ -120,7 +128,7 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
         f"{MOVED} 0.3": search("Gaudi", 0.3),
         **{
             f"{name} 0.3{suffix}": with_options(search("Gaudi", 0.3, recipe="spread"), *options)
-            for name in (SPREAD, ONE_SIZE)
+            for name in (SPREAD, ONE_SIZE, BY_ERROR)
             for suffix, options in {"": (), GRID: on_grid}.items()
         },
         **{
@@ -182,7 +190,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
     summary = train(
         task.config + arguments,
         options,
-        script="benchmarks/random_places.py" if method.startswith((MOVED, ONE_SIZE)) else "main.py",
+        script=next((file for name, file in CONTROLS.items() if name in method), "main.py"),
         environment=task.environment,
         keep=picture if seed == 0 and not extra else None,
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaudi_jax.decomposition import decompose, relative_error
+from gaudi_jax.decomposition import decompose, relative_error, spread
 from gaudi_jax.decomposition.decompose import affordable
 
 OURS, MATCHED = "Gaudi, search at 0.3", "low-rank, matched to Gaudi, search at 0.3"
@@ -131,3 +131,18 @@ def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware):
     # Two blocks hold nearly all.
     assert errors[0] < 0.1
     assert 3 * errors[0] < errors[1] < 1
+
+
+@pytest.mark.parametrize(("rank", "cell"), [(1, (1, 1)), (2, (4, 6))])
+def test_blocks_where_the_error_is_cost_no_more_and_miss_less(study, rank, cell):
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(32, 48)) * np.linspace(0, 2, 48), jnp.float32)
+    x = rng.normal(size=(200, 32)).astype(np.float32)
+    moment = jnp.asarray(x.T @ x / len(x))
+    options = {"rank": rank, "granularity": cell, "parts": 4, "second_moment": moment, "sweeps": 20}
+    even = spread(kernel, 0.4, **options)
+    found = study("ranks_by_error").by_error(kernel, 0.4, **options)
+    assert 0.9 * even.multiplications() < int(found.multiplications()) <= even.multiplications()
+    assert np.unique(found.widths).size == np.unique(even.widths).size
+    errors = [float(relative_error(kernel, each.kernel(), moment)) for each in (found, even)]
+    assert errors[0] < 0.9 * errors[1]

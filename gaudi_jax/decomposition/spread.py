@@ -96,7 +96,7 @@ def spread(
                 f"have shape {(n, n)}"
             )
     windows = spread_windows(shape, cell, cost, rank, parts)
-    return _fit(kernel, second_moment, windows, cell, rank, sweeps)
+    return fit_windows(kernel, second_moment, windows, cell, rank, sweeps)
 
 
 class _Tile(NamedTuple):
@@ -107,7 +107,7 @@ class _Tile(NamedTuple):
     blocks: list[int]
 
 
-def _fit(
+def fit_windows(
     kernel: Float[Array, "in out"],
     second_moment: Float[Array, "in in"] | None,
     windows: Windows,
@@ -119,6 +119,14 @@ def _fit(
 
     With C the second moment, C_SS = L Lᵀ inside a tile's inputs S, and R what all other tiles leave
     of the kernel, the best tile of a rank is ``L⁻ᵀ`` times the truncated SVD of ``L⁻¹ (C R)``.
+
+    Args:
+        kernel: dense kernel.
+        second_moment: as that of `spread`.
+        windows: of all blocks; two of them that meet on an axis coincide there.
+        cell: features of a grid cell on both axes.
+        rank: columns of a block.
+        sweeps: most refits of all blocks.
     """
     # On the host, where no number of blocks has to be compiled for, and in double precision.
     rest, error = np.array(kernel, np.float64), np.inf
