@@ -140,7 +140,7 @@ def base_config() -> ConfigDict:
             # of them for spread, None for as many as there can be.
             "blocks": config_dict.placeholder(int),
             "calibration_batches": 0,  # of training examples whose outputs are kept; 0 for none
-            "rounds": 40,  # effort of a search; a third of the sweeps that fit spread blocks
+            "rounds": 40,  # effort of a search; a third of the most sweeps that fit spread blocks
         }
     )
     config.optimizer = ConfigDict(

@@ -164,11 +164,41 @@ def test_small_budgets_buy_fewer_or_smaller_blocks(budget, rank):
     assert (np.abs(found.kernel()).sum(axis=1) > 0).all()
 
 
+def correlated(n):
+    """The second moment of inputs of which each is nearly the one before."""
+    return 0.98 ** jnp.abs(jnp.subtract.outer(jnp.arange(n), jnp.arange(n)))
+
+
+@pytest.mark.parametrize("aware", [False, True])
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1], (24, 24)])
-def test_the_whole_budget_buys_the_kernel_itself(shape):
-    found = spread(kernel(0, shape), 1.5)
+def test_the_whole_budget_buys_the_kernel_itself(shape, aware):
+    moment = correlated(shape[0]) if aware else None
+    found = spread(kernel(0, shape), 1.5, second_moment=moment)
     assert int(found.multiplications()) == math.prod(shape)
     assert float(relative_error(kernel(0, shape), found.kernel())) < 1e-5
+
+
+@pytest.mark.parametrize("cell", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("moment_of_inputs", [correlated, jnp.eye, moment_of])
+def test_more_cost_makes_less_error(moment_of_inputs, cell):
+    moment = moment_of_inputs(32)
+    errors = [
+        float(relative_error(kernel(), found.kernel(), moment))
+        for budget in (0.125, 0.25, 0.5, 1.0)
+        for found in [spread(kernel(), budget, granularity=cell, second_moment=moment)]
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < 0.97
+
+
+def test_sweeps_stop_where_they_change_little():
+    moment = correlated(32)
+    errors = [
+        float(relative_error(kernel(), found.kernel(), moment)) ** 2
+        for sweeps in (1, 200, 400)
+        for found in [spread(kernel(), 0.5, second_moment=moment, sweeps=sweeps)]
+    ]
+    assert errors[1] == errors[2] < 0.95 * errors[0]
 
 
 @pytest.mark.parametrize("w", [jnp.zeros(SHAPE), jnp.ones(SHAPE)])
@@ -190,6 +220,10 @@ def test_extreme_kernels(w):
         (lambda: spread(kernel(), 0.3, sweeps=0), "sweeps=0"),
         (lambda: spread(kernel() * jnp.nan, 0.3), "NaN"),
         (lambda: spread(kernel()[None], 0.3), "one at a time"),
+        (
+            lambda: spread(kernel(), 0.3, second_moment=2 * jnp.ones((32, 32)) - jnp.eye(32)),
+            "negative eigenvalues",
+        ),
         (lambda: spread(kernel(), 0.3, second_moment=jnp.eye(3)), "second_moment of shape"),
     ],
 )

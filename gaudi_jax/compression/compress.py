@@ -96,8 +96,8 @@ def compress(
             given as it is. Layers that the model applies inside `jax.vmap`, `jax.checkpoint` or
             loops of `jax.lax`, or inside `nnx.scan` with state that is shared by the steps, cannot
             be observed: give them a rule with method="skip", or compress without calibration.
-        rounds: effort of each search, or a third of the sweeps that fit "spread" blocks; time is
-            proportional to it.
+        rounds: effort of each search, to which its time is proportional. "spread" blocks are fitted
+            in three times as many sweeps at most.
         key: random key of the searches; None for a fixed one.
         progress: show bars with the time left, and the plan as a table, on stderr.
 

@@ -1,5 +1,6 @@
 """Blocks of one size, spread evenly over a kernel and fitted to it: nothing is searched for."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def spread(
     hold the same number of blocks, to within one; which parts meet follows the R2 sequence, whose
     points fill a square evenly. Parts are as long as ⌊min(in, out) / rank⌋ blocks can be, or a
     little longer, in proportion to the axes. All blocks on a pair of parts are fitted at once,
-    exactly, one pair after the other, and their columns are orthogonal to each other.
+    exactly, and their columns are orthogonal to each other; with a second moment pairs depend on
+    each other, and are fitted in turn.
 
     The result is farther from the kernel than that of `gaudi_jax.decompose`. Once its factors are
     trained on it may be the better one, as on texts (docs/learning.md).
@@ -53,7 +55,8 @@ def spread(
             rank.
         second_moment: E[x xᵀ] of the layer's inputs, shape (in, in), to fit outputs instead of the
             kernel.
-        sweeps: most refits of all blocks; it ends earlier where another would change little.
+        sweeps: most refits of all blocks to the second moment. It ends earlier where one takes less
+            than a thousandth off the squared error.
 
     Returns:
         ⌊min(in, out) / rank⌋ blocks, of which those in use come first, in float32. Parts differ by
@@ -115,10 +118,7 @@ def fit_windows(
     rank: int,
     sweeps: int,
 ) -> Factors:
-    """Fits all blocks of a tile at once, one tile after the other, in sweeps over the kernel.
-
-    With C the second moment, C_SS = L Lᵀ inside a tile's inputs S, and R what all other tiles leave
-    of the kernel, the best tile of a rank is ``L⁻ᵀ`` times the truncated SVD of ``L⁻¹ (C R)``.
+    """Blocks on given windows, fitted to a kernel.
 
     Args:
         kernel: dense kernel.
@@ -129,11 +129,36 @@ def fit_windows(
         sweeps: most refits of all blocks.
     """
     # On the host, where no number of blocks has to be compiled for, and in double precision.
-    rest, error = np.array(kernel, np.float64), np.inf
-    weights = _weights(second_moment, len(rest))
+    dense = np.asarray(kernel, np.float64)
     tiles = _tiles(windows, cell)
-    content = [np.zeros_like(rest[tile.inputs, tile.outputs]) for tile in tiles]
+    if second_moment is None:
+        content = [_truncated(dense[s, t], rank * len(blocks)) for s, t, blocks in tiles]
+    else:
+        content = _swept(dense, _weights(second_moment), tiles, rank, sweeps)
+    v, u = (np.zeros((windows.length.shape[1], rank, size)) for size in dense.shape)
+    for (inputs, outputs, blocks), kept in zip(tiles, content, strict=True):
+        left, right = _columns(kept, rank * len(blocks))
+        v[blocks, :, inputs] = left.reshape(len(blocks), rank, -1)
+        u[blocks, :, outputs] = right.reshape(len(blocks), rank, -1)
+    cells = np.array(dense.shape)[:, None] / np.array(cell)[:, None]
+    found = v, u, windows.length / cells, windows.start / cells
+    return Factors(*(jnp.asarray(x, jnp.float32) for x in found))
+
+
+def _swept(
+    kernel: np.ndarray, weights: np.ndarray, tiles: Sequence[_Tile], rank: int, sweeps: int
+) -> list[np.ndarray]:
+    """What tiles hold, fitted one after the other, in sweeps over the kernel.
+
+    With C the weights, C_SS = L Lᵀ inside a tile's inputs S, and R what all other tiles leave of
+    the kernel, the best tile of a rank is ``L⁻ᵀ`` times the truncated SVD of ``L⁻¹ (C R)``.
+    """
     roots = {tile.inputs.start: _root(weights, tile.inputs) for tile in tiles}
+    rest, error, content = kernel.copy(), np.inf, []
+    for inputs, outputs, blocks in tiles:
+        root, inverse = roots[inputs.start]
+        content.append(inverse.T @ _truncated(root.T @ kernel[inputs, outputs], rank * len(blocks)))
+        rest[inputs, outputs] -= content[-1]
     for _ in range(sweeps):
         for i, (inputs, outputs, blocks) in enumerate(tiles):
             root, inverse = roots[inputs.start]
@@ -143,21 +168,12 @@ def fit_windows(
         before, error = error, float(np.vdot(rest, weights @ rest))
         if error >= (1 - SLOW) * before:
             break
-    v, u = (np.zeros((windows.length.shape[1], rank, size)) for size in rest.shape)
-    for (inputs, outputs, blocks), kept in zip(tiles, content, strict=True):
-        left, right = _columns(kept, rank * len(blocks))
-        v[blocks, :, inputs] = left.reshape(len(blocks), rank, -1)
-        u[blocks, :, outputs] = right.reshape(len(blocks), rank, -1)
-    cells = np.array(rest.shape)[:, None] / np.array(cell)[:, None]
-    found = v, u, windows.length / cells, windows.start / cells
-    return Factors(*(jnp.asarray(x, jnp.float32) for x in found))
+    return content
 
 
-def _weights(second_moment: Float[Array, "in in"] | None, n: int) -> np.ndarray:
-    if second_moment is None:
-        return np.eye(n)
-    moment = scaled(second_moment.astype(jnp.float32), jnp.trace(second_moment) / n)[0]
-    return np.asarray(regularise(moment), np.float64)
+def _weights(second_moment: Float[Array, "in in"]) -> np.ndarray:
+    size = jnp.trace(second_moment) / len(second_moment)
+    return np.asarray(regularise(scaled(second_moment.astype(jnp.float32), size)[0]), np.float64)
 
 
 def _tiles(windows: Windows, cell: tuple[int, int]) -> list[_Tile]:
@@ -171,7 +187,12 @@ def _tiles(windows: Windows, cell: tuple[int, int]) -> list[_Tile]:
 
 def _root(weights: np.ndarray, inputs: slice) -> tuple[np.ndarray, np.ndarray]:
     """The Cholesky factor of a part's weights, and its inverse."""
-    root = np.linalg.cholesky(weights[inputs, inputs])
+    try:
+        root = np.linalg.cholesky(weights[inputs, inputs])
+    except np.linalg.LinAlgError:
+        raise UserError(
+            f"second_moment of shape {weights.shape} is no E[x xᵀ]: it has negative eigenvalues"
+        ) from None
     return root, np.linalg.inv(root)
 
 
