@@ -233,8 +233,9 @@ LAYER_ARGUMENTS: dict[str, Argument] = {
     "budget": 0.3,  # multiplications over dense (but for gaudi with recipe=paper)
     "smoke": False,
 }
-#: Those of text configs; attention_out is the layer that ends the attention.
-TEXT_ARGUMENTS = LAYER_ARGUMENTS | {"attention_out": ""}
+#: Those of text configs; attention_out is the layer that ends the attention. On texts spread blocks
+#: end ahead of searched ones, or level (docs/learning.md).
+TEXT_ARGUMENTS = LAYER_ARGUMENTS | {"attention_out": "", "recipe": "spread"}
 
 
 def use_smoke_text(config: ConfigDict) -> None:

@@ -4,7 +4,7 @@
     python main.py --config=configs/docs_gpt_gaudi.py:layer=dense
 
 Arguments: ``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``,
-``recipe=search|spread|budget|paper``, ``budget=0.5``, ``smoke``; ``attention=``, ``attention_out=``
+``recipe=spread|search|budget|paper``, ``budget=0.5``, ``smoke``; ``attention=``, ``attention_out=``
 and ``mlp=`` choose the layers of a part.
 
 The text is the half megabyte of documentation that Python carries, so that nothing is downloaded;

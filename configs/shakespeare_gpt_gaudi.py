@@ -6,7 +6,7 @@
 The text is the file "tinyshakespeare" (1.1 MB), or any other.
 
 Arguments: ``text=PATH``, ``size=cpu|gpu``,
-``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``, ``recipe=search|spread|budget|paper``,
+``layer=gaudi|low_rank|monarch|blast|block_sparse|dense``, ``recipe=spread|search|budget|paper``,
 ``budget=0.5``, ``smoke`` (embedded text); ``attention=``, ``attention_out=`` and ``mlp=`` choose
 the layers of a part.
 

@@ -127,6 +127,15 @@ def fit_windows(
         cell: features of a grid cell on both axes.
         rank: columns of a block.
         sweeps: most refits of all blocks.
+
+    Example:
+        >>> import jax
+        >>> from gaudi_jax.decomposition.parts import spread_windows
+        >>> from gaudi_jax.decomposition.spread import fit_windows
+        >>> windows = spread_windows((16, 24), (1, 1), cost=192, rank=1, parts=None)
+        >>> kernel = jax.random.normal(jax.random.key(0), (16, 24))
+        >>> fit_windows(kernel, None, windows, (1, 1), rank=1, sweeps=1).u.shape
+        (16, 1, 24)
     """
     # On the host, where no number of blocks has to be compiled for, and in double precision.
     dense = np.asarray(kernel, np.float64)
