@@ -70,6 +70,7 @@ CONTROLS = {
 }
 #: Methods of which fewer seeds show enough: variants of the search.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
+FACTOR_SCALES = 1.0, 2.0, 4.0, 8.0, 16.0, 32.0
 GRADIENTS = VARIANT + "gradients on the structure, search at"
 #: Methods that a quick study leaves out: those at other times than the default's.
 OTHER_TIMES = f"{VARIANT}|two steps|at 0.5"
@@ -144,11 +145,15 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
             for kind in layers
         },
         **{
-            f"{VARIANT}{kind}, factors {scale:g} times as fast": with_options(
-                search(kind, 0.5), f"--config.optimizer.factor_scale={scale}"
+            f"{VARIANT}{name} 0.3, factors {scale:g} times as fast": with_options(
+                search(kind, 0.3, recipe=recipe), f"--config.optimizer.factor_scale={scale}"
             )
-            for scale in (1.0, 2.0, 8.0)
-            for kind in layers
+            for scale in FACTOR_SCALES
+            for name, kind, recipe in (
+                (SEARCH, "Gaudi", "search"),
+                (SPREAD, "Gaudi", "spread"),
+                ("low-rank, search at", "low-rank", "search"),
+            )
         },
         VARIANT + "found anew": search("Gaudi", 0.5, 0.7),
         **{
