@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.report import summary_table, write_report
-from gaudi_jax.training.allocator import keep_freed_memory
+from gaudi_jax.training.allocator import has_only_cpus, keep_freed_memory
 from gaudi_jax.training.loop import train
 from gaudi_jax.training.processes import is_primary, leave_at_once, start_processes
 from gaudi_jax.training.workdir import check_workdir
@@ -45,14 +45,14 @@ def main(argv: list[str]) -> int:
 
 def run(argv: list[str]) -> None:
     """Trains, continues or evaluates, and prints the report of a finished run."""
+    if has_only_cpus():
+        keep_freed_memory()
     config, workdir = parse_command_line(argv)
     absl.logging.use_absl_handler()
     absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     absl.logging.set_verbosity(absl.logging.WARNING)  # other packages; this one speaks up
     use_compilation_cache(config.compilation_cache)
     start_processes(config.distributed)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     if jax.process_count() > 1 and not flags.FLAGS["workdir"].present:
         raise UserError("several processes need the same --workdir; give one that all of them see")
     level = logging.INFO if is_primary() else logging.ERROR  # one tells it for all
