@@ -24,9 +24,10 @@ def get_config(arguments: str | None = None):
     config.optimizer.update(
         learning_rate=4e-3, structural_learning_rate=3e-3, location_learning_rate=3e-4
     )
-    use_layer(config, args, paper=paper_from_scratch(target=0.15, strength=1.0))
-    # The learning rate is as high as dense layers bear; factors bear no more.
-    config.optimizer.factor_scale = 1.0
+    # The learning rate is as high as dense layers bear; factors over whole axes bear no more.
+    use_layer(
+        config, args, paper=paper_from_scratch(target=0.15, strength=1.0), scale_after_dense=1.0
+    )
     config.train.update(steps=3000, log_every=25, eval_every=250)
     config.checkpoint.every = 250
     if args["smoke"]:

@@ -1,5 +1,6 @@
 """How structured layers come into a model: recipes from scratch, and compression of a dense one."""
 
+import math
 from typing import NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -42,6 +43,7 @@ def use_layer(
     paper: Recipe,
     widths: str = "split",
     factor_scale: float = 1.0,
+    scale_after_dense: float = 4.0,
 ) -> None:
     """Chooses the linear layers of all blocks, and how they come to their structure.
 
@@ -56,6 +58,7 @@ def use_layer(
         paper: the paper's recipe.
         widths: initial ones of the budget recipe's layers (`GaudiFactory`).
         factor_scale: how much faster factors learn than the rest in the budget recipe.
+        scale_after_dense: the same after a dense start, of factors that reach over whole axes.
 
     Raises:
         UserError: the recipe or a layer is unknown, the budget is out of range, or an argument has
@@ -74,7 +77,7 @@ def use_layer(
     if not kinds:
         args.reject("budget", "recipe", because="on dense layers")
     elif args["recipe"] in ("spread", "search"):
-        _use_dense_start(config, args, names)
+        _use_dense_start(config, args, names, scale_after_dense)
         return
     elif args["recipe"] == "paper":
         if "gaudi" not in kinds:
@@ -105,7 +108,9 @@ def use_layer(
                 config.layer[part].density = config_dict.placeholder(float)
 
 
-def _use_dense_start(config: ConfigDict, args: Arguments, names: dict[str, str]) -> None:
+def _use_dense_start(
+    config: ConfigDict, args: Arguments, names: dict[str, str], factor_scale: float
+) -> None:
     """Trains dense layers for a while, compresses them, and goes on."""
     kinds = set(names.values()) - {"dense"}
     if len(kinds) > 1:
@@ -120,20 +125,25 @@ def _use_dense_start(config: ConfigDict, args: Arguments, names: dict[str, str])
         "mlp": "mlp/.*",
     }
     kind = kinds.pop()
+    if (kind, args["recipe"]) == ("gaudi", "spread"):
+        kind = "spread"
+        # Their parts are budget / 2 of an axis. Factors bear more the narrower their blocks are, by
+        # the root of it (docs/learning.md).
+        factor_scale *= math.sqrt(2 / args["budget"])
     config.compress.update(
-        method="spread" if (kind, args["recipe"]) == ("gaudi", "spread") else kind,
+        method=kind,
         stages=((0.3, args["budget"]),),  # at small budgets better than half (docs/learning.md)
         rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
         calibration_batches=16,
         rounds=20,  # what is trained on need not be found to the last digit
     )
-    _keep_structure(config)
+    _keep_structure(config, factor_scale)
 
 
-def _keep_structure(config: ConfigDict) -> None:
+def _keep_structure(config: ConfigDict, factor_scale: float) -> None:
     """The structure stays as compression makes it; its factors learn faster (docs/results.md)."""
     config.optimizer.update(
-        factor_scale=4.0, structural_learning_rate=0.0, location_learning_rate=0.0
+        factor_scale=factor_scale, structural_learning_rate=0.0, location_learning_rate=0.0
     )
 
 
@@ -171,4 +181,4 @@ def use_compression(config: ConfigDict, args: Arguments, dense: ConfigDict) -> N
         granularity=args["granularity"],
         calibration_batches=16,
     )
-    _keep_structure(config)
+    _keep_structure(config, factor_scale=4.0)

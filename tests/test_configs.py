@@ -105,6 +105,11 @@ def test_the_published_recipe_of_gpt2_keeps_its_start_and_its_learning_rates():
         (digits_vit_gaudi, "recipe=budget", 1.0),
         (digits_vit_gaudi, "recipe=search", 1.0),
         (vit_b_gaudi, "recipe=search", 4.0),
+        (vit_b_gaudi, "recipe=spread,budget=0.5", 8.0),
+        (shakespeare_gpt_gaudi, "text=here,recipe=spread,budget=0.125", 16.0),
+        (shakespeare_gpt_gaudi, "text=here,recipe=spread,layer=low_rank,budget=0.125", 4.0),
+        (docs_gpt_gaudi, "recipe=spread,budget=0.125", 8.0),
+        (digits_vit_gaudi, "recipe=spread,budget=0.125", 4.0),
     ],
 )
 def test_how_fast_factors_learn(module, arguments, scale):
