@@ -22,7 +22,6 @@ from ml_collections import ConfigDict, config_flags
 
 from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.report import summary_table, write_report
-from gaudi_jax.training.allocator import has_only_cpus, keep_freed_memory
 from gaudi_jax.training.loop import train
 from gaudi_jax.training.processes import is_primary, leave_at_once, start_processes
 from gaudi_jax.training.workdir import check_workdir
@@ -45,8 +44,6 @@ def main(argv: list[str]) -> int:
 
 def run(argv: list[str]) -> None:
     """Trains, continues or evaluates, and prints the report of a finished run."""
-    if has_only_cpus():
-        keep_freed_memory()
     config, workdir = parse_command_line(argv)
     absl.logging.use_absl_handler()
     absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))

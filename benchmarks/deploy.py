@@ -50,7 +50,6 @@ from gaudi_jax.decomposition import relative_error, spread
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.models import GPT2, GPT2Config, ViT, ViTConfig
 from gaudi_jax.models.generate import generate
-from gaudi_jax.training.allocator import keep_freed_memory
 
 SHAPES = [(768, 768), (768, 3072), (3072, 768)]
 PATCHES = 197
@@ -360,7 +359,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--times", type=int, default=1, help="that a program applies a layer")
     args = parser.parse_args()
-    keep_freed_memory()
     if args.spread is not None:
         if args.spread < 1:
             parser.error(f"--spread {args.spread} must be at least 1")

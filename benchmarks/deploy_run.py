@@ -32,7 +32,6 @@ from gaudi_jax.deploy.harden import tokens_of
 from gaudi_jax.deploy.timing import Running, interleaved_medians
 from gaudi_jax.errors import exit_status
 from gaudi_jax.models import GPT2
-from gaudi_jax.training.allocator import keep_freed_memory
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -47,7 +46,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--keep", action="store_true", help="rows in deploy.csv")
     args = parser.parse_args()
-    keep_freed_memory()
     if status := exit_status(lambda: measure(args)):
         raise SystemExit(status)
 

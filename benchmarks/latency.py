@@ -26,7 +26,6 @@ from gaudi_jax.deploy.harden import tokens_of
 from gaudi_jax.deploy.timing import Running, copies_out_of_cache, interleaved_medians
 from gaudi_jax.errors import exit_status
 from gaudi_jax.layers import PackedLinear, StructuredLinear
-from gaudi_jax.training.allocator import keep_freed_memory
 from gaudi_jax.training.tasks import open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -44,7 +43,6 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> None:
     """Prints the times."""
     check_positive(args, "batch", "repeats")
-    keep_freed_memory()
     config = ConfigDict(read_config(args.workdir))
     # No form rounds its values at every call.
     model = in_dtype(gaudi_jax.load(args.workdir), config.model.dtype)

@@ -55,6 +55,12 @@ COLUMNS = (
 SHARE = 0.3
 #: Processes that measure the time of one model: single ones are now and then twice as slow.
 PROCESSES = 3
+#: The C library keeps large outputs, instead of mapping them anew, page by page, at every call.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "MALLOC_ARENA_MAX": "1",
+}
 GRID = ("--config.compress.granularity={grid}",)
 #: Arguments of the config, and options of the command line.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -101,7 +107,7 @@ def run(name: str, task: Task, method: str, budget: float, seed: int, extra: Seq
 def latency(workdir: str, environment: Mapping[str, str]) -> Row:
     """What `benchmarks/latency.py` measures in the middle one of several processes."""
     command = [sys.executable, "benchmarks/latency.py", workdir]
-    measured, variables = [], {**os.environ, **environment}
+    measured, variables = [], {**os.environ, **KEEP_MEMORY, **environment}
     with alone():
         for _ in range(PROCESSES):
             done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
