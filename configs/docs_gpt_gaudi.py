@@ -38,7 +38,7 @@ def get_config(arguments: str | None = None):
         args,
         paper=paper_from_scratch(target=0.15, strength=0.5),
         factor_scale=4.0,
-        scale_after_dense=2.0 if args["recipe"] == "spread" else 4.0,
+        scale_of_spread=2.0,
     )
     config.train.update(steps=1500, log_every=25, eval_every=250)
     config.checkpoint.every = 250

@@ -44,6 +44,7 @@ def use_layer(
     widths: str = "split",
     factor_scale: float = 1.0,
     scale_after_dense: float = 4.0,
+    scale_of_spread: float = 4.0,
 ) -> None:
     """Chooses the linear layers of all blocks, and how they come to their structure.
 
@@ -58,7 +59,9 @@ def use_layer(
         paper: the paper's recipe.
         widths: initial ones of the budget recipe's layers (`GaudiFactory`).
         factor_scale: how much faster factors learn than the rest in the budget recipe.
-        scale_after_dense: the same after a dense start, of factors that reach over whole axes.
+        scale_after_dense: the same after a dense start.
+        scale_of_spread: the same for spread blocks that reached over whole axes; narrower ones
+            learn faster.
 
     Raises:
         UserError: the recipe or a layer is unknown, the budget is out of range, or an argument has
@@ -77,7 +80,7 @@ def use_layer(
     if not kinds:
         args.reject("budget", "recipe", because="on dense layers")
     elif args["recipe"] in ("spread", "search"):
-        _use_dense_start(config, args, names, scale_after_dense)
+        _use_dense_start(config, args, names, scale_after_dense, scale_of_spread)
         return
     elif args["recipe"] == "paper":
         if "gaudi" not in kinds:
@@ -109,7 +112,11 @@ def use_layer(
 
 
 def _use_dense_start(
-    config: ConfigDict, args: Arguments, names: dict[str, str], factor_scale: float
+    config: ConfigDict,
+    args: Arguments,
+    names: dict[str, str],
+    factor_scale: float,
+    scale_of_spread: float,
 ) -> None:
     """Trains dense layers for a while, compresses them, and goes on."""
     kinds = set(names.values()) - {"dense"}
@@ -127,9 +134,9 @@ def _use_dense_start(
     kind = kinds.pop()
     if (kind, args["recipe"]) == ("gaudi", "spread"):
         kind = "spread"
-        # Their parts are budget / 2 of an axis. Factors bear more the narrower their blocks are, by
-        # the root of it (docs/learning.md).
-        factor_scale *= math.sqrt(2 / args["budget"])
+        # Parts of square kernels are budget / 2 of an axis. The narrower blocks are, the higher a
+        # learning rate they bear, by the root of it (docs/learning.md).
+        factor_scale = scale_of_spread * math.sqrt(2 / args["budget"])
     config.compress.update(
         method=kind,
         stages=((0.3, args["budget"]),),  # at small budgets better than half (docs/learning.md)

@@ -109,6 +109,7 @@ def test_the_published_recipe_of_gpt2_keeps_its_start_and_its_learning_rates():
         (shakespeare_gpt_gaudi, "text=here,recipe=spread,budget=0.125", 16.0),
         (shakespeare_gpt_gaudi, "text=here,recipe=spread,layer=low_rank,budget=0.125", 4.0),
         (docs_gpt_gaudi, "recipe=spread,budget=0.125", 8.0),
+        (docs_gpt_gaudi, "recipe=spread,layer=monarch,budget=0.125", 4.0),
         (digits_vit_gaudi, "recipe=spread,budget=0.125", 4.0),
     ],
 )
