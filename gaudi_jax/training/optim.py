@@ -29,6 +29,7 @@ def gaudi_adamw(
     structural_learning_rate: optax.ScalarOrSchedule,
     location_learning_rate: optax.ScalarOrSchedule | None = None,
     factor_scale: float = 1.0,
+    scale_by_width: bool = False,
     weight_decay: float = 0.05,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -51,6 +52,7 @@ def gaudi_adamw(
         location_learning_rate: of the locations; None takes that of the widths.
         factor_scale: learning rate of the factors of structured layers, over that of other content.
             About 4 is best for factors that come from a dense kernel.
+        scale_by_width: let the factors of narrow Gaudi blocks learn faster (`scale_narrow_blocks`).
         weight_decay: decoupled decay of kernels and factors.
         b1: decay of the content's first moment.
         b2: decay of the content's second moment. The structure's are 0 and 0.999.
@@ -120,9 +122,12 @@ def gaudi_adamw(
         },
         _Labels(model),
     )
-    if clip_norm is None:
-        return groups
-    return optax.chain(optax.clip_by_global_norm(clip_norm), groups)
+    steps = [groups]
+    if clip_norm is not None:
+        steps.insert(0, optax.clip_by_global_norm(clip_norm))
+    if scale_by_width:
+        steps.append(scale_narrow_blocks(layer_sizes(model)))
+    return optax.chain(*steps) if len(steps) > 1 else groups
 
 
 def layer_sizes(model: nnx.Module) -> LayerSizes:
@@ -194,6 +199,58 @@ def scale_by_layer_moment(decay: float = 0.999, eps: float = 1e-8) -> optax.Grad
         return updates, LayerMomentState(step, moment)
 
     return optax.GradientTransformation(init, update)
+
+
+def scale_narrow_blocks(layers: LayerSizes) -> optax.GradientTransformation:
+    """Multiplies the updates of Gaudi blocks' factors by the root of one over their widths.
+
+    Adam changes all entries of a factor by about as much. What that adds to the kernel has a
+    largest singular value that grows with the root of the number of entries, so that narrow blocks
+    bear, and want, a higher learning rate. Input factors go by the width on the input axis, output
+    factors by that on the output axis; widths below one grid cell count as one.
+
+    Args:
+        layers: sizes of the Gaudi layers by their paths (`layer_sizes`).
+
+    Returns:
+        An optax transformation whose update needs `params`. It stands last, so that decoupled
+        weight decay is scaled as well.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from gaudi_jax import GaudiLinear
+        >>> from gaudi_jax.training.optim import layer_sizes, scale_narrow_blocks
+        >>> model = GaudiLinear(16, 16, rngs=nnx.Rngs(0))
+        >>> model.widths[...] = jnp.full((2, 16), 0.25)
+        >>> params = nnx.state(model, nnx.Param)
+        >>> tx = scale_narrow_blocks(layer_sizes(model))
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> float(updates["u"][0, 0, 0]), float(updates["bias"][0])
+        (2.0, 1.0)
+    """
+    axes = {"v": 0, "u": 1}
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError(optax.NO_PARAMS_MSG)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        widths = {names(path)[:-1]: w for path, w in leaves if names(path)[-1] == "widths"}
+
+        def scaled(path, leaf):
+            *layer, name = names(path)
+            size = layers.get(tuple(layer))
+            if size is None or name not in axes:
+                return leaf
+            axis = axes[name]
+            least = size.granularity[axis] / size.features[axis]
+            width = jnp.clip(widths[tuple(layer)][axis], least, 1.0)
+            return leaf * jax.lax.rsqrt(width)[:, None, None].astype(leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _scale_by_second_moment(eps: float) -> optax.GradientTransformation:
