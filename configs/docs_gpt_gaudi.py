@@ -25,7 +25,7 @@ def get_config(arguments: str | None = None):
     with config.unlocked():
         config.model.update(depth=3, heads=4, width=128)
     config.optimizer.update(
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         structural_learning_rate=1e-3,
         location_learning_rate=1e-4,
         end_factor=0.05,
@@ -37,8 +37,7 @@ def get_config(arguments: str | None = None):
         config,
         args,
         paper=paper_from_scratch(target=0.15, strength=0.5),
-        factor_scale=4.0,
-        scale_of_spread=2.0,
+        scale_after_dense=1.0,
     )
     config.train.update(steps=1500, log_every=25, eval_every=250)
     config.checkpoint.every = 250

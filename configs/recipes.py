@@ -1,6 +1,5 @@
 """How structured layers come into a model: recipes from scratch, and compression of a dense one."""
 
-import math
 from typing import NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -44,7 +43,6 @@ def use_layer(
     widths: str = "split",
     factor_scale: float = 1.0,
     scale_after_dense: float = 4.0,
-    scale_of_spread: float = 4.0,
 ) -> None:
     """Chooses the linear layers of all blocks, and how they come to their structure.
 
@@ -59,9 +57,8 @@ def use_layer(
         paper: the paper's recipe.
         widths: initial ones of the budget recipe's layers (`GaudiFactory`).
         factor_scale: how much faster factors learn than the rest in the budget recipe.
-        scale_after_dense: the same after a dense start.
-        scale_of_spread: the same for spread blocks that reached over whole axes; narrower ones
-            learn faster.
+        scale_after_dense: the same after a dense start, of Gaudi blocks as wide as the layer;
+            narrower ones learn faster.
 
     Raises:
         UserError: the recipe or a layer is unknown, the budget is out of range, or an argument has
@@ -80,7 +77,7 @@ def use_layer(
     if not kinds:
         args.reject("budget", "recipe", because="on dense layers")
     elif args["recipe"] in ("spread", "search"):
-        _use_dense_start(config, args, names, scale_after_dense, scale_of_spread)
+        _use_dense_start(config, args, names, scale_after_dense)
         return
     elif args["recipe"] == "paper":
         if "gaudi" not in kinds:
@@ -116,7 +113,6 @@ def _use_dense_start(
     args: Arguments,
     names: dict[str, str],
     factor_scale: float,
-    scale_of_spread: float,
 ) -> None:
     """Trains dense layers for a while, compresses them, and goes on."""
     kinds = set(names.values()) - {"dense"}
@@ -132,13 +128,10 @@ def _use_dense_start(
         "mlp": "mlp/.*",
     }
     kind = kinds.pop()
-    if (kind, args["recipe"]) == ("gaudi", "spread"):
-        kind = "spread"
-        # Parts of square kernels are budget / 2 of an axis. The narrower blocks are, the higher a
-        # learning rate they bear, by the root of it (docs/learning.md).
-        factor_scale = scale_of_spread * math.sqrt(2 / args["budget"])
+    if kind == "gaudi":
+        config.optimizer.scale_by_width = True
     config.compress.update(
-        method=kind,
+        method="spread" if (kind, args["recipe"]) == ("gaudi", "spread") else kind,
         stages=((0.3, args["budget"]),),  # at small budgets better than half (docs/learning.md)
         rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
         calibration_batches=16,

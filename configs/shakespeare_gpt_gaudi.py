@@ -31,11 +31,15 @@ SIZES: dict[str, dict[str, Any]] = {
         "model": {"depth": 4, "heads": 4, "width": 128, "dropout": 0.0},
         "data": {"block": 64, "batch_size": 12},
         "steps": 2000,
+        "learning_rate": 4e-3,
+        "factor_scale": 1.0,
     },
     "gpu": {
         "model": {"depth": 6, "heads": 6, "width": 384, "dropout": 0.2},
         "data": {"block": 256, "batch_size": 64},
         "steps": 5000,
+        "learning_rate": 1e-3,
+        "factor_scale": 4.0,
     },
 }
 
@@ -54,7 +58,7 @@ def get_config(arguments: str | None = None):
     with config.unlocked():
         config.model.update(size["model"])
     config.optimizer.update(
-        learning_rate=1e-3,
+        learning_rate=size["learning_rate"],
         structural_learning_rate=1e-3,
         location_learning_rate=1e-4,
         warmup=100 / size["steps"],
@@ -63,8 +67,14 @@ def get_config(arguments: str | None = None):
         b2=0.99,
         clip_norm=1.0,
     )
-    # Dense layers leave room above their learning rate (docs/results.md).
-    use_layer(config, args, paper=paper_from_scratch(target=0.15, strength=2.0), factor_scale=4.0)
+    # nanoGPT's learning rate leaves room above it; factors take 4e-3 (docs/learning.md).
+    use_layer(
+        config,
+        args,
+        paper=paper_from_scratch(target=0.15, strength=2.0),
+        factor_scale=size["factor_scale"],
+        scale_after_dense=size["factor_scale"],
+    )
     config.train.update(steps=size["steps"], log_every=25, eval_every=250)
     config.checkpoint.every = 250
     if args["smoke"]:

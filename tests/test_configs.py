@@ -95,26 +95,25 @@ def test_the_published_recipe_of_gpt2_keeps_its_start_and_its_learning_rates():
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "scale"),
+    ("module", "arguments", "scale", "by_width"),
     [
-        (shakespeare_gpt_gaudi, "text=here,recipe=budget", 4.0),
-        (shakespeare_gpt_gaudi, "text=here,recipe=budget,layer=low_rank", 4.0),
-        (shakespeare_gpt_gaudi, "text=here,recipe=search", 4.0),
-        (shakespeare_gpt_gaudi, "text=here,recipe=paper", 1.0),
-        (docs_gpt_gaudi, "recipe=budget", 4.0),
-        (digits_vit_gaudi, "recipe=budget", 1.0),
-        (digits_vit_gaudi, "recipe=search", 1.0),
-        (vit_b_gaudi, "recipe=search", 4.0),
-        (vit_b_gaudi, "recipe=spread,budget=0.5", 8.0),
-        (shakespeare_gpt_gaudi, "text=here,recipe=spread,budget=0.125", 16.0),
-        (shakespeare_gpt_gaudi, "text=here,recipe=spread,layer=low_rank,budget=0.125", 4.0),
-        (docs_gpt_gaudi, "recipe=spread,budget=0.125", 8.0),
-        (docs_gpt_gaudi, "recipe=spread,layer=monarch,budget=0.125", 4.0),
-        (digits_vit_gaudi, "recipe=spread,budget=0.125", 4.0),
+        (shakespeare_gpt_gaudi, "text=here,recipe=budget", 1.0, False),
+        (shakespeare_gpt_gaudi, "text=here,recipe=budget,size=gpu", 4.0, False),
+        (shakespeare_gpt_gaudi, "text=here,recipe=paper", 1.0, False),
+        (shakespeare_gpt_gaudi, "text=here,recipe=search", 1.0, True),
+        (shakespeare_gpt_gaudi, "text=here,recipe=spread,size=gpu", 4.0, True),
+        (shakespeare_gpt_gaudi, "text=here,recipe=spread,layer=low_rank", 1.0, False),
+        (docs_gpt_gaudi, "recipe=budget", 1.0, False),
+        (docs_gpt_gaudi, "recipe=spread", 1.0, True),
+        (docs_gpt_gaudi, "recipe=spread,layer=monarch", 1.0, False),
+        (digits_vit_gaudi, "recipe=budget", 1.0, False),
+        (digits_vit_gaudi, "recipe=search", 1.0, True),
+        (vit_b_gaudi, "recipe=search", 4.0, True),
     ],
 )
-def test_how_fast_factors_learn(module, arguments, scale):
-    assert module.get_config(arguments).optimizer.factor_scale == scale
+def test_how_fast_factors_learn(module, arguments, scale, by_width):
+    optimizer = module.get_config(arguments).optimizer
+    assert (optimizer.factor_scale, optimizer.scale_by_width) == (scale, by_width)
 
 
 @pytest.mark.parametrize(

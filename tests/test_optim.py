@@ -40,6 +40,28 @@ def test_only_kernels_and_factors_decay(net):
         np.testing.assert_allclose(after[path], (1 - 0.1 * 0.5) * before[path], rtol=1e-5)
 
 
+def test_narrow_blocks_step_farther_by_the_root_of_one_over_their_width(net):
+    set_random_widths(net)
+    widths = np.asarray(net.first.widths[...])
+    steps = {}
+    for by_width in (False, True):
+        tx = gaudi_adamw(
+            net, learning_rate=0.1, structural_learning_rate=0.1, scale_by_width=by_width
+        )
+        _, params, _ = split_model(net)
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        steps[by_width] = flat(updates)
+    narrow, usual = steps[True], steps[False]
+    for axis, name in enumerate(("v", "u")):
+        factor = getattr(net.first, name)[...]
+        least = net.first.granularity[axis] / factor.shape[-1]
+        scale = 1 / np.sqrt(np.clip(widths[axis], least, 1))
+        expected = scale[:, None, None] * usual["first", name]
+        np.testing.assert_allclose(narrow["first", name], expected, rtol=1e-5)
+    for path in set(usual) - {(layer, name) for layer in ("first", "second") for name in "uv"}:
+        np.testing.assert_array_equal(narrow[path], usual[path])
+
+
 def test_nnx_optimizer_and_nested_dicts_give_the_same(net):
     def make(model):
         return gaudi_adamw(
