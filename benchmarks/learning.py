@@ -128,6 +128,7 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
                 f"low-rank, search at {share}": search("low-rank", share),
             }.items()
         },
+        f"{MATCHED}{SPREAD} 0.3": search("low-rank", 0.3),
         f"{MOVED} 0.3": search("Gaudi", 0.3),
         **{
             f"{name} 0.3{suffix}": with_options(search("Gaudi", 0.3, recipe="spread"), *options)
@@ -260,8 +261,7 @@ def paired_table(rows: Sequence[Row]) -> str:
     ]
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        # Both kinds of blocks get the same budgets, layer by layer.
-        rival = MATCHED + method.removesuffix(GRID).replace(SPREAD, SEARCH)
+        rival = MATCHED + method.removesuffix(GRID)
         for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] == method):
             ours, theirs = (
                 [row for row in rows if (row["method"], row["budget"]) == (m, budget)]
