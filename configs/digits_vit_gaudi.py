@@ -30,6 +30,7 @@ def get_config(arguments: str | None = None):
         args,
         paper=paper_from_scratch(target=0.15, strength=1.0),
         scale_after_dense=1.0,
+        scale_of_spread=1.0,
     )
     config.train.update(steps=3000, log_every=25, eval_every=250)
     config.checkpoint.every = 250

@@ -37,7 +37,8 @@ def get_config(arguments: str | None = None):
         config,
         args,
         paper=paper_from_scratch(target=0.15, strength=0.5),
-        scale_after_dense=1.0,
+        scale_after_dense=2.0,
+        scale_of_spread=1.0,
     )
     config.train.update(steps=1500, log_every=25, eval_every=250)
     config.checkpoint.every = 250

@@ -43,6 +43,7 @@ def use_layer(
     widths: str = "split",
     factor_scale: float = 1.0,
     scale_after_dense: float = 4.0,
+    scale_of_spread: float = 4.0,
 ) -> None:
     """Chooses the linear layers of all blocks, and how they come to their structure.
 
@@ -57,8 +58,9 @@ def use_layer(
         paper: the paper's recipe.
         widths: initial ones of the budget recipe's layers (`GaudiFactory`).
         factor_scale: how much faster factors learn than the rest in the budget recipe.
-        scale_after_dense: the same after a dense start, of Gaudi blocks as wide as the layer;
-            narrower ones learn faster.
+        scale_after_dense: the same after a dense start. That of Gaudi blocks is for those as wide
+            as the layer; narrower ones learn faster.
+        scale_of_spread: the same for blocks that are evenly spread.
 
     Raises:
         UserError: the recipe or a layer is unknown, the budget is out of range, or an argument has
@@ -77,7 +79,7 @@ def use_layer(
     if not kinds:
         args.reject("budget", "recipe", because="on dense layers")
     elif args["recipe"] in ("spread", "search"):
-        _use_dense_start(config, args, names, scale_after_dense)
+        _use_dense_start(config, args, names, scale_after_dense, scale_of_spread)
         return
     elif args["recipe"] == "paper":
         if "gaudi" not in kinds:
@@ -113,6 +115,7 @@ def _use_dense_start(
     args: Arguments,
     names: dict[str, str],
     factor_scale: float,
+    scale_of_spread: float,
 ) -> None:
     """Trains dense layers for a while, compresses them, and goes on."""
     kinds = set(names.values()) - {"dense"}
@@ -128,10 +131,11 @@ def _use_dense_start(
         "mlp": "mlp/.*",
     }
     kind = kinds.pop()
-    if kind == "gaudi":
-        config.optimizer.scale_by_width = True
+    config.optimizer.scale_by_width = kind == "gaudi"
+    if (kind, args["recipe"]) == ("gaudi", "spread"):
+        kind, factor_scale = "spread", scale_of_spread
     config.compress.update(
-        method="spread" if (kind, args["recipe"]) == ("gaudi", "spread") else kind,
+        method=kind,
         stages=((0.3, args["budget"]),),  # at small budgets better than half (docs/learning.md)
         rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
         calibration_batches=16,

@@ -32,14 +32,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "data": {"block": 64, "batch_size": 12},
         "steps": 2000,
         "learning_rate": 4e-3,
-        "factor_scale": 1.0,
+        "scales": {"factor_scale": 1.0, "scale_after_dense": 2.0, "scale_of_spread": 1.0},
     },
     "gpu": {
         "model": {"depth": 6, "heads": 6, "width": 384, "dropout": 0.2},
         "data": {"block": 256, "batch_size": 64},
         "steps": 5000,
         "learning_rate": 1e-3,
-        "factor_scale": 4.0,
+        "scales": {"factor_scale": 4.0},
     },
 }
 
@@ -67,14 +67,8 @@ def get_config(arguments: str | None = None):
         b2=0.99,
         clip_norm=1.0,
     )
-    # nanoGPT's learning rate leaves room above it; factors take 4e-3 (docs/learning.md).
-    use_layer(
-        config,
-        args,
-        paper=paper_from_scratch(target=0.15, strength=2.0),
-        factor_scale=size["factor_scale"],
-        scale_after_dense=size["factor_scale"],
-    )
+    # nanoGPT's learning rate leaves room above it (docs/learning.md).
+    use_layer(config, args, paper=paper_from_scratch(target=0.15, strength=2.0), **size["scales"])
     config.train.update(steps=size["steps"], log_every=25, eval_every=250)
     config.checkpoint.every = 250
     if args["smoke"]:
