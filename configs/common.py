@@ -148,7 +148,8 @@ def base_config() -> ConfigDict:
             "learning_rate": 1e-3,
             "schedule": "cosine",  # or linear: how learning rates fall after the warm-up
             "factor_scale": 1.0,  # learning rate of structured layers' factors over the others'
-            "scale_by_width": False,  # Gaudi blocks: more by the root of one over their widths
+            # Gaudi blocks: more by the root of one over their widths. None is False.
+            "scale_by_width": config_dict.placeholder(bool),
             "structural_learning_rate": 1e-3,
             "location_learning_rate": 1e-3,
             "warmup": 0.05,  # fraction of train.steps

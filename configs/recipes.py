@@ -131,7 +131,8 @@ def _use_dense_start(
         "mlp": "mlp/.*",
     }
     kind = kinds.pop()
-    config.optimizer.scale_by_width = kind == "gaudi"
+    if kind == "gaudi":
+        config.optimizer.scale_by_width = True
     if (kind, args["recipe"]) == ("gaudi", "spread"):
         kind, factor_scale = "spread", scale_of_spread
     config.compress.update(

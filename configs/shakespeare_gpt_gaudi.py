@@ -12,12 +12,13 @@ the layers of a part.
 
 The sizes are nanoGPT's. ``cpu``: 4 layers of 4 heads, 128 wide, windows of 64 characters, 2000
 steps of 12 windows, some minutes on two CPU cores. ``gpu``: 6 layers of 6 heads, 384 wide, windows
-of 256, 5000 steps of 64, dropout 0.2. Both: learning rate 1e-3 to 1e-4 along a cosine after 100
-steps of warm-up, b2 0.99, weight decay 0.1, gradients clipped at norm 1. The last tenth of the text
-is for validation.
+of 256, 5000 steps of 64, dropout 0.2. The learning rate falls to a tenth along a cosine after 100
+steps of warm-up, from 1e-3 (``gpu``, as nanoGPT's) or 4e-3 (``cpu``, where nanoGPT's is four times
+too low: docs/learning.md). Both: b2 0.99, weight decay 0.1, gradients clipped at norm 1. The last
+tenth of the text is for validation.
 
-Published validation losses of the dense model: 1.88 (cpu) and 1.4697 (gpu), each estimated on
-random windows.
+Published validation losses of the dense model at 1e-3: 1.88 (cpu) and 1.4697 (gpu), each estimated
+on random windows.
 """
 
 from typing import Any

@@ -110,6 +110,23 @@ def test_matched_layers_without_their_gaudi_run_are_told_in_a_sentence(
     assert learning.run_all([job], learning.run, learning.FINISHED) == [f"RunError: {sentence}"]
 
 
+def test_each_kind_of_blocks_is_compared_with_low_rank_layers_that_are_matched_to_it(study):
+    learning = study("learning")
+    ours = "Gaudi, spread at 0.3"
+    rows = [
+        {"method": method, "budget": 0.25, "seed": 0}
+        | {
+            "validation_loss": loss,
+            "test_loss": loss,
+            "validation_accuracy": "",
+            "test_accuracy": "",
+        }
+        for method, loss in ((ours, 1.0), (f"{learning.MATCHED}{ours}", 1.5), (OURS, 3.0))
+    ]
+    (line,) = learning.paired_table(rows).splitlines()[2:]
+    assert line.replace(" ", "").startswith(f"|{ours}|0.25|1|0.5".replace(" ", ""))
+
+
 @pytest.mark.parametrize("aware", [False, True])
 def test_blocks_at_random_places_cost_the_same_and_miss_more(study, aware):
     rng = np.random.default_rng(0)

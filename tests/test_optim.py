@@ -7,11 +7,13 @@ import optax
 import pytest
 from flax import nnx
 
+from configs.common import base_config
 from gaudi_jax import GaudiLinear, gaudi_adamw
 from gaudi_jax.errors import UserError
 from gaudi_jax.layers import Location, Width
 from gaudi_jax.training import controllers
-from gaudi_jax.training.optim import layer_sizes
+from gaudi_jax.training.optim import NARROWEST, layer_sizes
+from gaudi_jax.training.setup import build_optimizer, build_schedules
 from gaudi_jax.training.step import split_model
 from tests.structured_net import fresh_net, loss, set_random_widths, step_with_zero_gradients
 
@@ -42,7 +44,7 @@ def test_only_kernels_and_factors_decay(net):
 
 def test_narrow_blocks_step_farther_by_the_root_of_one_over_their_width(net):
     set_random_widths(net)
-    widths = np.asarray(net.first.widths[...])
+    net.second.widths[1, 0] = 0.001
     steps = {}
     for by_width in (False, True):
         tx = gaudi_adamw(
@@ -52,14 +54,39 @@ def test_narrow_blocks_step_farther_by_the_root_of_one_over_their_width(net):
         updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
         steps[by_width] = flat(updates)
     narrow, usual = steps[True], steps[False]
-    for axis, name in enumerate(("v", "u")):
-        factor = getattr(net.first, name)[...]
-        least = net.first.granularity[axis] / factor.shape[-1]
-        scale = 1 / np.sqrt(np.clip(widths[axis], least, 1))
-        expected = scale[:, None, None] * usual["first", name]
-        np.testing.assert_allclose(narrow["first", name], expected, rtol=1e-5)
-    for path in set(usual) - {(layer, name) for layer in ("first", "second") for name in "uv"}:
-        np.testing.assert_array_equal(narrow[path], usual[path])
+    for layer in ("first", "second"):
+        widths = np.maximum(getattr(net, layer).widths[...], NARROWEST)
+        for axis, name in enumerate(("v", "u")):
+            expected = usual.pop((layer, name)) / np.sqrt(widths[axis])[:, None, None]
+            np.testing.assert_allclose(narrow[layer, name], expected, rtol=1e-5)
+    assert len(usual) > 4
+    for path, update in usual.items():
+        np.testing.assert_array_equal(narrow[path], update)
+
+
+def test_a_config_scales_by_width_where_it_says_so(net):
+    set_random_widths(net)
+    _, params, _ = split_model(net)
+    config = base_config()
+    steps = []
+    for by_width in (None, True):
+        config.optimizer.scale_by_width = by_width
+        tx = build_optimizer(config, net, build_schedules(config), made=10)
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        steps.append(flat(updates)["first", "u"])
+    scale = 1 / np.sqrt(np.maximum(net.first.widths[1], NARROWEST))
+    np.testing.assert_allclose(steps[1], steps[0] * scale[:, None, None], rtol=1e-5)
+    # A run from before there was such a choice.
+    with config.unlocked():
+        del config.optimizer.scale_by_width
+    build_optimizer(config, net, build_schedules(config))
+
+
+def test_scaling_by_width_needs_the_widths(net):
+    tx = gaudi_adamw(net, learning_rate=0.1, structural_learning_rate=0.1, scale_by_width=True)
+    params = nnx.to_pure_dict(nnx.state(net, nnx.All(nnx.Param, nnx.Not(Width))))
+    with pytest.raises(UserError, match=r"needs the widths of layer first"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_nnx_optimizer_and_nested_dicts_give_the_same(net):

@@ -33,7 +33,7 @@ def phased_config(stages=((0.25, 0.6), (0.5, 0.4)), **options):
     config.model.mlp_ratio = 1.0  # one shape of kernels, so that one search is compiled
     config.compress.update(method="gaudi", stages=stages, rounds=4, calibration_batches=2)
     config.compress.update(options)
-    config.optimizer.factor_scale = 4.0
+    config.optimizer.update(factor_scale=4.0, scale_by_width=True)
     config.checkpoint.every = 3
     return config
 

@@ -18,6 +18,9 @@ from gaudi_jax.training.controllers import (
     wrap_locations,
 )
 
+#: Widths below this fraction of an axis count as this: steps of single features are bounded.
+NARROWEST = 1 / 128
+
 #: Modules whose matrices are weight-decayed; embeddings, norms, tokens and biases are not.
 DECAYED_MODULES = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, StructuredLinear)
 
@@ -51,7 +54,8 @@ def gaudi_adamw(
         structural_learning_rate: of the widths, a number or a schedule.
         location_learning_rate: of the locations; None takes that of the widths.
         factor_scale: learning rate of the factors of structured layers, over that of other content.
-            About 4 is best for factors that come from a dense kernel.
+            Up to 4 are best for factors that come from a dense kernel, 1 or 2 where the learning
+            rate suits dense layers.
         scale_by_width: let the factors of narrow Gaudi blocks learn faster (`scale_narrow_blocks`).
         weight_decay: decoupled decay of kernels and factors.
         b1: decay of the content's first moment.
@@ -207,7 +211,7 @@ def scale_narrow_blocks(layers: LayerSizes) -> optax.GradientTransformation:
     Adam changes all entries of a factor by about as much. What that adds to the kernel has a
     largest singular value that grows with the root of the number of entries, so that narrow blocks
     bear, and want, a higher learning rate. Input factors go by the width on the input axis, output
-    factors by that on the output axis; widths below one grid cell count as one.
+    factors by that on the output axis; widths below 1/128 count as that.
 
     Args:
         layers: sizes of the Gaudi layers by their paths (`layer_sizes`).
@@ -215,6 +219,9 @@ def scale_narrow_blocks(layers: LayerSizes) -> optax.GradientTransformation:
     Returns:
         An optax transformation whose update needs `params`. It stands last, so that decoupled
         weight decay is scaled as well.
+
+    Raises:
+        UserError: the widths of a layer are not among the parameters.
 
     Example:
         >>> import jax
@@ -237,15 +244,18 @@ def scale_narrow_blocks(layers: LayerSizes) -> optax.GradientTransformation:
             raise ValueError(optax.NO_PARAMS_MSG)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         widths = {names(path)[:-1]: w for path, w in leaves if names(path)[-1] == "widths"}
+        if missing := layers.keys() - widths.keys():
+            layer = "/".join(map(str, min(missing, key=str)))
+            raise UserError(
+                f"scale_by_width needs the widths of layer {layer} among the optimized parameters; "
+                "optimize all of them, with a structural learning rate of 0 where they should stay"
+            )
 
         def scaled(path, leaf):
             *layer, name = names(path)
-            size = layers.get(tuple(layer))
-            if size is None or name not in axes:
+            if tuple(layer) not in layers or name not in axes:
                 return leaf
-            axis = axes[name]
-            least = size.granularity[axis] / size.features[axis]
-            width = jnp.clip(widths[tuple(layer)][axis], least, 1.0)
+            width = jnp.clip(widths[tuple(layer)][axes[name]], NARROWEST, 1.0)
             return leaf * jax.lax.rsqrt(width)[:, None, None].astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(scaled, updates), state

@@ -294,7 +294,7 @@ def build_optimizer(
         structural_learning_rate=schedules.structural_learning_rate,
         location_learning_rate=schedules.location_learning_rate,
         factor_scale=optimizer.factor_scale,
-        scale_by_width=optimizer.scale_by_width,
+        scale_by_width=bool(optimizer.get("scale_by_width")),  # older runs have no such key
         weight_decay=optimizer.weight_decay,
         b1=optimizer.b1,
         b2=optimizer.b2,
