@@ -185,6 +185,11 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
             known[f"{VARIANT}{name}, all factors {scale:g} times as fast"] = with_options(
                 known[name], factor_scale, "--config.optimizer.scale_by_width=False"
             )
+    for name in FROM_SCRATCH:
+        if name.startswith("Gaudi"):
+            known[f"{VARIANT}{name}, rates by width"] = with_options(
+                known[name], "--config.optimizer.scale_by_width=True"
+            )
     if budget not in task.paper_targets:  # nobody knows where it would end
         del known["Gaudi, paper"]
     return known

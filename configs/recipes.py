@@ -137,7 +137,7 @@ def _use_dense_start(
         kind, factor_scale = "spread", scale_of_spread
     config.compress.update(
         method=kind,
-        stages=((0.3, args["budget"]),),  # at small budgets better than half (docs/learning.md)
+        stages=((0.3, args["budget"]),),  # early pays at small budgets (docs/learning_slow.md)
         rules=tuple((f"blocks/.*/{paths[p]}", None) for p in names if names[p] != "dense"),
         calibration_batches=16,
         rounds=20,  # what is trained on need not be found to the last digit
