@@ -9,7 +9,7 @@ and ``mlp=`` choose the layers of a part.
 
 The text is the half megabyte of documentation that Python carries, so that nothing is downloaded;
 it differs from one Python version to the next (its hash is in the summary). Its tokens are 512
-pieces of words, learned from it. A run takes a minute and a half on two cores and, on
+pieces of words, learned from it. A run takes up to two minutes on two cores and, on
 Python 3.11, ends at a test perplexity of 17.4 at half of the multiplications (dense: 16.7, unigram:
 202; one seed).
 """

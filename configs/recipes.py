@@ -133,8 +133,8 @@ def _use_dense_start(
     kind = kinds.pop()
     if kind == "gaudi":
         config.optimizer.scale_by_width = True
-    if (kind, args["recipe"]) == ("gaudi", "spread"):
-        kind, factor_scale = "spread", scale_of_spread
+        if args["recipe"] == "spread":
+            kind, factor_scale = "spread", scale_of_spread
     config.compress.update(
         method=kind,
         stages=((0.3, args["budget"]),),  # early pays at small budgets (docs/learning_slow.md)

@@ -54,8 +54,8 @@ def gaudi_adamw(
         structural_learning_rate: of the widths, a number or a schedule.
         location_learning_rate: of the locations; None takes that of the widths.
         factor_scale: learning rate of the factors of structured layers, over that of other content.
-            Up to 4 are best for factors that come from a dense kernel, 1 or 2 where the learning
-            rate suits dense layers.
+            For those that come from a dense kernel 1 or 2 are best where the learning rate suits
+            dense layers, up to 4 where it is lower.
         scale_by_width: let the factors of narrow Gaudi blocks learn faster (`scale_narrow_blocks`).
         weight_decay: decoupled decay of kernels and factors.
         b1: decay of the content's first moment.
@@ -131,6 +131,7 @@ def gaudi_adamw(
         steps.insert(0, optax.clip_by_global_norm(clip_norm))
     if scale_by_width:
         steps.append(scale_narrow_blocks(layer_sizes(model)))
+    # A chain of one would have another state than the runs that are saved.
     return optax.chain(*steps) if len(steps) > 1 else groups
 
 
