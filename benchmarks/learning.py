@@ -73,7 +73,7 @@ GAUDI_FROM_SCRATCH = "Gaudi, budget", "Gaudi, frozen random"
 #: Methods of which fewer seeds show enough: variants of the others.
 VARIANT, VARIANT_SEEDS = "variant: ", 2
 FACTOR_SCALES = 1.0, 2.0, 4.0
-GRADIENTS = VARIANT + "gradients on the structure, search at"
+GRADIENTS = VARIANT + "gradients on the structure, "
 #: Methods that a quick study leaves out: those at other times than the default's.
 OTHER_TIMES = f"{VARIANT}|two steps|at 0.5"
 
@@ -147,6 +147,10 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
             for share in (0.03, 0.1, 0.2, 0.8)
             for kind in layers
         },
+        **{
+            f"{VARIANT}{SPREAD} {share}": search("Gaudi", share, recipe="spread")
+            for share in (0.0, 0.1, 0.5, 0.7)
+        },
         VARIANT + "found anew": search("Gaudi", 0.5, 0.7),
         **{
             f"{VARIANT}{rounds} rounds": with_options(
@@ -158,8 +162,8 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
             search("Gaudi", 0.3), "--config.compress.allocation=uniform"
         ),
         **{
-            f"{GRADIENTS} {share}": with_options(
-                search("Gaudi", share),
+            f"{GRADIENTS}{recipe} at {share}": with_options(
+                search("Gaudi", share, recipe=recipe),
                 f"--config.optimizer.structural_learning_rate={task.structural_rates[0]}",
                 f"--config.optimizer.location_learning_rate={task.structural_rates[1]}",
                 "--config.optimizer.layer_moment=True",
@@ -169,7 +173,7 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
                 "--config.controller.begin=0.0",
                 "--config.controller.end=0.4",
             )
-            for share in (0.3, 0.5)
+            for recipe, share in (("search", 0.3), ("search", 0.5), ("spread", 0.3))
         },
     }
     tuned = f"{SPREAD} 0.3", f"{SEARCH} 0.3", "low-rank, search at 0.3", "low-rank, uniform"
@@ -181,7 +185,7 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
         for name in (*tuned, *GAUDI_FROM_SCRATCH)
     }
     known |= {
-        f"{VARIANT}{name}, rates by width": with_options(
+        f"{name}, rates by width": with_options(
             known[name], "--config.optimizer.scale_by_width=True"
         )
         for name in GAUDI_FROM_SCRATCH
