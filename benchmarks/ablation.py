@@ -95,7 +95,9 @@ def variants() -> dict[tuple[str, str], tuple[str, tuple[str, ...]]]:
             ("--config.compress.calibration_batches=0",),
         ),
         (group, "uniform budgets"): of_study[VARIANT + "uniform budgets"],
-        (group, "gradients on the structure after the search"): of_study[f"{GRADIENTS}search at 0.3"],
+        (group, "gradients on the structure after the search"): of_study[
+            f"{GRADIENTS}search at 0.3"
+        ],
     }
     return found
 
