@@ -149,7 +149,7 @@ def methods(task: Task, budget: float) -> dict[str, Method]:
         },
         **{
             f"{VARIANT}{SPREAD} {share}": search("Gaudi", share, recipe="spread")
-            for share in (0.0, 0.1, 0.5, 0.7)
+            for share in (0.001, 0.1, 0.5, 0.7)
         },
         VARIANT + "found anew": search("Gaudi", 0.5, 0.7),
         **{

@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 ONE_CORE = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "OPENBLAS_NUM_THREADS": "1",
     # XLA allocates the buffers of each step anew, and small pages would take a third of the time.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }

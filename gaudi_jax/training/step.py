@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
+from ml_collections import ConfigDict
 
 from gaudi_jax.cost import Cost
 from gaudi_jax.layers import GaudiLinear, Width
@@ -94,6 +95,41 @@ def set_sigma(model: nnx.Module, sigma: float | Array) -> None:
             module.sigma[...] = jnp.asarray(sigma, jnp.float32)
 
 
+def hold_structure(model: nnx.Module, options: ConfigDict) -> None:
+    """Cuts off the gradients of widths and locations that learn nothing.
+
+    They would count in the norm by which all gradients are clipped, and take time.
+
+    Args:
+        model: changed in place, inside the function that is differentiated.
+        options: ``config.optimizer``; kinds with a learning rate of 0 are held.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from gaudi_jax import GaudiLinear
+        >>> from gaudi_jax.training.step import hold_structure
+        >>> from ml_collections import ConfigDict
+        >>> options = ConfigDict({"structural_learning_rate": 0.0, "location_learning_rate": 1e-4})
+        >>> def loss(layer):
+        ...     hold_structure(layer, options)
+        ...     return (layer.kernel() ** 2).sum()
+        >>> slopes = nnx.grad(loss)(GaudiLinear(8, 8, sigma=1.0, rngs=nnx.Rngs(0)))
+        >>> bool((slopes["widths"][...] == 0).all()), bool((slopes["u"][...] == 0).all())
+        (True, False)
+    """
+    rates = {
+        "widths": options.structural_learning_rate,
+        "locations": options.location_learning_rate,
+    }
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, GaudiLinear):
+            for name, rate in rates.items():
+                if rate == 0:
+                    held = getattr(module, name)
+                    held.set_value(jax.lax.stop_gradient(held[...]))
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -133,6 +169,7 @@ def make_train_step(
         def loss_fn(params: Arrays, batch: Batch, key: Array) -> tuple[Array, Metrics]:
             model = nnx.merge(graphdef, params, state.other)
             set_sigma(model, sigma)
+            hold_structure(model, task.config.optimizer)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 return task.loss(model, batch, key)
 
