@@ -16,7 +16,7 @@ from gaudi_jax.deploy.machine import MACHINES
 from gaudi_jax.deploy.pack import Packer, pack
 from gaudi_jax.errors import UserError
 from gaudi_jax.kernels.table import Table
-from gaudi_jax.layers import GaudiLinear, PackedLinear
+from gaudi_jax.layers import GaudiLinear, PackedLinear, cells
 from gaudi_jax.layers.cells import Cells
 from tests.test_packed import assert_same_function, layer_of
 
@@ -71,6 +71,21 @@ def test_a_layer_without_blocks_is_its_bias():
     packed = cell_by_cell(layer)
     assert packed.v[0].size == packed.u[0].size == 0
     np.testing.assert_array_equal(packed(jnp.ones((1, 8)))[0], layer.bias[...])
+
+
+@pytest.mark.parametrize("shape", [(cells.FEW_VECTORS,), (cells.FEW_VECTORS + 1,), (3, 5)])
+def test_a_prompt_and_single_vectors_get_the_same(shape):
+    layer = layer_of(0, (4, 4), (2, 3), 2, 6)
+    packed = cell_by_cell(layer)
+    x = jax.random.normal(jax.random.key(0), (*shape, 8))
+    np.testing.assert_allclose(packed(x), layer(x), atol=1e-5)
+
+
+def test_a_prompt_does_not_copy_its_cells_for_each_vector():
+    packed = cell_by_cell(wide_layer(16))
+    x = jax.ShapeDtypeStruct((1024, 768), jnp.float32)
+    memory = jax.jit(packed).lower(x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * x.size * 4
 
 
 def test_sums_of_many_blocks_are_kept_in_float32():

@@ -1,5 +1,6 @@
 """Packed layers cell by cell: the form for one vector at a time."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,12 +13,19 @@ from gaudi_jax.errors import UserError
 from gaudi_jax.kernels.table import Table
 
 
+#: More vectors at once than these, such as a prompt, are multiplied with whole matrices.
+FEW_VECTORS = 8
+
+
 class Cells(NamedTuple):
     """The two products of a packed layer, each over the grid cells of single blocks.
 
     With one input vector time goes into reading weights. Here exactly those inside the blocks are
     read; what each cell contributes is then added up. The first product makes the columns of the
     blocks from cells of the inputs, the second makes cells of the outputs from the columns.
+
+    Each vector takes as long as the first, and memory for all of its cells. So with many, as when a
+    prompt is read, each product is one with a matrix that holds the cells among zeros.
 
     Attributes:
         grid: features of a cell of the input axis, and of the output axis.
@@ -61,6 +69,10 @@ class Cells(NamedTuple):
     ) -> Float[Array, "*batch m"]:
         """The first product (0) or the second (1), and the bias; sums are kept in float32."""
         table, (_, depth, width) = self.tables[number], weights.shape
+        # A number of vectors that is not known before the call counts as many.
+        if math.prod(x.shape[:-1]) not in range(FEW_VECTORS + 1):
+            y = jnp.matmul(x, self._matrix(number, weights, x.shape[-1]).astype(x.dtype))
+            return y if bias is None else y + bias.astype(y.dtype)
         parts = x.reshape(*x.shape[:-1], x.shape[-1] // depth, depth)
         each = jnp.einsum(
             "...tc,tcw->t...w",
@@ -72,6 +84,17 @@ class Cells(NamedTuple):
         sums = jax.ops.segment_sum(each, place, tiles, indices_are_sorted=True).astype(x.dtype)
         y = jnp.moveaxis(sums, 0, -2).reshape(*x.shape[:-1], tiles * width)
         return y if bias is None else y + bias.astype(y.dtype)
+
+    def _matrix(
+        self, number: int, weights: Float[Array, "cells depth width"], features: int
+    ) -> Float[Array, "n m"]:
+        """One of the factors of the kernel, its zeros included."""
+        table, (_, depth, width) = self.tables[number], weights.shape
+        tiles = len(table.counts)
+        place = np.repeat(np.arange(tiles), table.counts)
+        zeros = jnp.zeros((features // depth, depth, tiles, width), weights.dtype)
+        cells = np.array(table.cells, int)
+        return zeros.at[cells, :, place].add(weights).reshape(features, tiles * width)
 
     def check(self, in_features: int, out_features: int) -> None:
         """Whether the tables fit the axes of a layer.
