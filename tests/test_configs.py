@@ -118,6 +118,21 @@ def test_how_fast_factors_learn(module, arguments, scale, by_width):
 
 
 @pytest.mark.parametrize(
+    ("module", "arguments", "method"),
+    [
+        (docs_gpt_gaudi, None, "spread"),
+        (shakespeare_gpt_gaudi, "text=here", "spread"),
+        (cifar10_vit_s_gaudi, None, "gaudi"),
+        (vit_b_gaudi, None, "gaudi"),
+        (digits_vit_gaudi, None, "none"),
+        (gpt2_gaudi, None, "none"),
+    ],
+)
+def test_the_recipes_of_configs_that_name_none(module, arguments, method):
+    assert module.get_config(arguments).compress.method == method
+
+
+@pytest.mark.parametrize(
     ("arguments", "method"),
     [
         ("layer=gaudi", "gaudi"),

@@ -45,6 +45,19 @@ def finished(tmp_path_factory):
     return workdir
 
 
+def spread_config():
+    config = phased_config(method="spread", blocks=4)
+    config.optimizer.update(structural_learning_rate=0.0, location_learning_rate=0.0)
+    return config
+
+
+@pytest.fixture(scope="module")
+def spread_blocks(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("spread")
+    assert loop.train(spread_config(), workdir)
+    return workdir
+
+
 def test_each_phase_has_its_structure_and_budget(finished):
     plans = [json.loads((finished / f"plan-{step}.json").read_text()) for step in (2, 4)]
     relative = [plan["multiplications"] / plan["dense_multiplications"] for plan in plans]
@@ -82,16 +95,20 @@ def test_resuming_in_any_phase_equals_never_stopping(finished, tmp_path, monkeyp
     assert resumed == rows_without_time(finished)
 
 
-def test_a_run_with_spread_blocks_resumes_likewise(tmp_path, monkeypatch):
-    config = phased_config(stages=((0.5, 0.4),), method="spread", blocks=4)
-    assert loop.train(config, tmp_path / "one")
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_run_with_spread_blocks_resumes_likewise(spread_blocks, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
-        stop_at(patch, 6)
-        assert not loop.train(config, tmp_path / "two")
-    assert loop.train(config, tmp_path / "two")
-    assert_same(parameters(tmp_path / "two"), parameters(tmp_path / "one"))
-    layer = gaudi_jax.load(tmp_path / "two").blocks[0].mlp.fc1
-    assert set(np.round(np.ravel(layer.widths[...]) * 4).tolist()) <= {1, 2, 4}
+        stop_at(patch, step)
+        assert not loop.train(spread_config(), tmp_path)
+    assert loop.train(spread_config(), tmp_path)
+    assert_same(parameters(tmp_path), parameters(spread_blocks))
+
+
+def test_spread_blocks_stay_on_parts_of_the_axes(spread_blocks):
+    layer = gaudi_jax.load(spread_blocks).blocks[0].mlp.fc1
+    parts = 4 * np.ravel(layer.widths[...])
+    np.testing.assert_allclose(parts, np.round(parts), atol=1e-6)
+    assert set(np.round(parts).tolist()) <= {1, 2, 4}
 
 
 def test_a_signal_while_it_is_compressed_leaves_that_to_the_next_start(

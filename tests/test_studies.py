@@ -11,7 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict, config_flags
+
+from gaudi_jax.training.phases import phases
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_rows_are_kept_as_they_end_and_a_failure_is_told_last(study, tmp_path):
@@ -101,6 +107,44 @@ def test_mistakes_are_named_before_any_run(study, change, message, capsys):
     with pytest.raises(SystemExit):
         study("tasks").checked(argparse.ArgumentParser(), args, ["dense", "Monarch"])
     assert message in capsys.readouterr().err
+
+
+class AskedError(Exception):
+    """What a study would train: the config with its arguments, and the options."""
+
+
+def config_of(file: str, options) -> ConfigDict:
+    values = flags.FlagValues()
+    command = ["main.py", f"--config={ROOT / 'configs' / file}", *options]
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    values(command)
+    return config.value
+
+
+@pytest.mark.parametrize("name", ["learning", "tradeoff", "ablation"])
+def test_all_that_studies_train_is_known_to_the_configs(study, name, monkeypatch):
+    module, known = study(name), study("tasks").tasks("text.txt", "images")
+
+    def train(config, options, **_):
+        raise AskedError(config, options)
+
+    monkeypatch.setattr(module, "train", train)
+    if name == "ablation":
+        jobs = [(*variant, 0) for variant in module.variants()]
+    elif name == "tradeoff":
+        jobs = [(n, task, m, 0.25, 0, ()) for n, task in known.items() for m in module.METHODS]
+    else:
+        jobs = [
+            (n, task, method, 0.25, 0, ())
+            for n, task in known.items()
+            for method in module.methods(task, 0.25)
+            if not method.startswith(module.MATCHED)  # these ask for a finished run
+        ]
+    for job in jobs:
+        with pytest.raises(AskedError) as asked:
+            module.run(*job)
+        config = config_of(*asked.value.args)
+        assert all(phase.first for phase in phases(config) if phase.budget is not None), job
 
 
 def test_each_group_of_ablations_has_a_run_in_which_nothing_is_changed(study):
@@ -337,7 +381,7 @@ def test_what_a_trained_run_takes_deployed(tmp_path):
     run = tmp_path / "run"
     config = "--config=configs/docs_gpt_gaudi.py:smoke,recipe=budget"
     here = {
-        "cwd": Path(__file__).parents[1],
+        "cwd": ROOT,
         "env": os.environ | {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},
     }
     subprocess.run([sys.executable, "main.py", config, f"--workdir={run}"], check=True, **here)

@@ -151,11 +151,13 @@ def test_no_tiles_are_offered_elsewhere():
         ({"width": 64, "cells": (9,)}, "lies outside 128 features"),
         ({"width": 128}, "tiles of 128 columns"),
         ({"tilings": ((100, 4, 1), (128, 4, 1))}, "unknown tilings"),
+        ({"width": 192, "tilings": ((256, 4, 1), (256, 4, 1))}, "at most 170 rows"),
     ],
 )
 def test_tiles_that_do_not_fit_are_named(change, message):
     table = Table(change.get("cells", (0,)), (1,))
-    second = Table((0, 0, 0), (1, 1, 1))
+    tiles_out = 192 // change.get("width", 64)
+    second = Table((0,) * tiles_out, (1,) * tiles_out)
     layout = Tiles(change.get("width", 64), (table, second), change.get("tilings", TILINGS))
     with pytest.raises(UserError, match=message):
         PackedLinear(128, 192, layout)

@@ -34,6 +34,8 @@ OVERHEADS = (0.0625, 0.25, 1.0, 4.0, 16.0)
 REPEATS = 7
 #: Of what is kept; another one where times mean something else.
 FORMAT = 6
+#: Variables that change times begin so.
+TIMING = "XLA_", "MALLOC_", "GLIBC_TUNABLES"
 #: Seconds of what this device or version does not take, and of what found too little memory.
 REFUSED, NO_ROOM = 1e9, 2e9
 #: How the kernel for Hopper GPUs may cut both products: columns of a tile, and its tilings.
@@ -116,7 +118,7 @@ def _digest(packer: Packer, choices: list[Choice], tokens: int) -> str:
         # All CPUs are of one kind to JAX, and a process may have some of their cores and threads.
         [jax.devices()[0].device_kind, platform.node(), _cores()],
         [jax.__version__, jaxlib.__version__, config.jax_default_matmul_precision],
-        sorted(item for item in os.environ.items() if item[0].startswith(("XLA_", "MALLOC_"))),
+        sorted(item for item in os.environ.items() if item[0].startswith(TIMING)),
         [
             choice.layout and choice.layout.to_lists() if isinstance(choice, Compiled) else choice
             for choice in choices

@@ -22,7 +22,7 @@ from gaudi_jax.deploy.timing import Running
 from gaudi_jax.errors import UserError, exit_status
 from gaudi_jax.export.artifact import PLATFORMS, export_model
 from gaudi_jax.export.loader import load_exported, platform
-from gaudi_jax.training.load import load_with_step
+from gaudi_jax.training.load import PACKED, load_with_step
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
 
@@ -55,6 +55,11 @@ def export(arguments: argparse.Namespace) -> None:
     config = ConfigDict(read_config(arguments.workdir))
     model, step = load_with_step(arguments.workdir, arguments.step)
     task = open_task(config)
+    if arguments.step == PACKED and (arguments.tokens or arguments.backend):
+        raise UserError(
+            "--step=packed is exported as it was packed; leave out --tokens and --backend, or "
+            "give them to python -m gaudi_jax.deploy"
+        )
     if find_gaudi(model)[0]:
         tokens = arguments.tokens or tokens_of(model, task.example, arguments.batch)
         model = harden(model, tokens=tokens, backend=arguments.backend).model

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from gaudi_jax.errors import UserError
 from gaudi_jax.kernels.table import Table
 
-
 #: More vectors at once than these, such as a prompt, are multiplied with whole matrices.
 FEW_VECTORS = 8
 

@@ -14,6 +14,8 @@ from gaudi_jax.kernels.table import CELL, Table
 
 #: Rows of a tile, cells in flight, and multiprocessors that share weights.
 TILINGS = {(256, 4, 1), (256, 4, 2), (128, 4, 1), (128, 5, 1)}
+#: Numbers of a tile of the result that a multiprocessor's registers hold.
+LARGEST_TILE = 256 * 128
 
 
 class Tiles(NamedTuple):
@@ -89,6 +91,12 @@ class Tiles(NamedTuple):
             )
         if any(tuple(tiling) not in TILINGS for tiling in self.tilings):
             raise UserError(f"unknown tilings {self.tilings}; use some of {sorted(TILINGS)}")
+        rows = max(rows for rows, _, _ in self.tilings)
+        if rows * self.width > LARGEST_TILE:
+            raise UserError(
+                f"tiles of {rows} rows and {self.width} columns are too large; use at most "
+                f"{LARGEST_TILE // self.width} rows"
+            )
 
     def to_lists(self) -> dict[str, Any]:
         """As plain values that JSON holds."""

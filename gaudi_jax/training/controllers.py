@@ -117,7 +117,7 @@ def budget_controller(
     """Keeps the model's multiplications under a budget, by the smallest threshold that does.
 
     At each step the smallest τ is found (by bisection) with which soft-thresholding the widths
-    brings the multiplications of all structured layers together, counted on rounded widths, under
+    brings the multiplications of all Gaudi layers together, counted on rounded widths, under
     ``target(step)`` times their dense multiplications. Widths that are equal fall together: where
     many are (at the start, on a coarse grid) the cost may land below the budget.
 
