@@ -226,11 +226,16 @@ def exported(workdir, tmp_path_factory):
 ONLY_JAX = """
 import importlib.abc, runpy, sys
 ALLOWED = {"jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "flatbuffers"}
+FINDERS = list(sys.meta_path)
 class Only(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] not in ALLOWED | sys.stdlib_module_names:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Only())
+        first = name.partition(".")[0]
+        # The names of some of Python's own modules are those of the platform.
+        if first not in ALLOWED | sys.stdlib_module_names and "_sysconfigdata" not in first:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in FINDERS)
+        return next((spec for spec in found if spec is not None), None)
+sys.meta_path[:] = [Only()]
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
