@@ -77,8 +77,16 @@ def test_job_scripts_are_well_formed(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere():
-    pages = [*PAGES, ROOT / "README.md"]
-    for page in pages:
-        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} -> {target}"
+    for page in (*PAGES, ROOT / "README.md"):
+        for target in re.findall(r"\]\((?!https?://)([^)]+)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), f"{page.name} -> {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name} -> {target}"
