@@ -306,6 +306,7 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
     figure = Figure(figsize=(12, 4.5), dpi=100, layout="constrained")
     everything, near = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["method"] for row in rows))
+    colors = [color for name in ("tab20", "tab20b") for color in colormaps[name].colors]
     for number, method in enumerate(name for name in names if not name.startswith(VARIANT)):
         points = []
         for budget in sorted({row["budget"] for row in rows if row["method"] == method}):
@@ -315,7 +316,7 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
             points.append((cost, np.mean(values), standard_error(values)))
         x, y, error = zip(*points, strict=True)
         for axes in (everything, near) if _starts_dense(method) else [everything]:
-            color = colormaps["tab20"](number)
+            color = colors[number % len(colors)]
             axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=method, color=color)
     for axes in (everything, near):
         axes.set(xlabel="multiplications of the blocks over dense", ylabel=f"test {measure}")
@@ -326,7 +327,7 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
 
 
 def _starts_dense(method: str) -> bool:
-    return method == "dense" or bool(re.search("search|spread|scattered|random places", method))
+    return method == "dense" or bool(re.search("search|spread|random places", method))
 
 
 def main() -> None:
