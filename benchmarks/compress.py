@@ -1,13 +1,15 @@
-"""Straight after compression: low-rank and Gaudi layers, plain and aware of the activations.
+"""Straight after compression: Gaudi layers and their rivals, before any fine-tuning.
 
     python benchmarks/compress.py WORKDIR [--study methods] [--budgets 0.125 0.25 0.5]
+    python benchmarks/compress.py WORKDIR --study rivals
     python benchmarks/compress.py WORKDIR --study alignment --budgets 0.25
 
 WORKDIR holds a trained dense run of ``main.py``. Its transformer blocks are compressed to each
 budget, without fine-tuning, and evaluated on the validation split. The study *methods* compares
 truncated SVD, whitened SVD, Gaudi layers by search, the same aware of the activations, on single
 features and on a grid of an eighth of the model's width, and with the budget shared out over the
-layers. The study *alignment* asks what ranks and grids cost that suit matrix units.
+layers. The study *rivals* compares all kinds of layers, each aware of the activations, with the
+budget shared out. The study *alignment* asks what ranks and grids cost that suit matrix units.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 import gaudi_jax
+from gaudi_jax.layers.factory import GRID_LAYERS
 from gaudi_jax.training.evaluate import evaluate_model
 from gaudi_jax.training.tasks import Task, open_task
 from gaudi_jax.training.workdir import read_config
@@ -34,6 +37,11 @@ RANKS, GRIDS = (1, 8, 32), (1, 16, 64)
 
 
 def variants(study: str, width: int) -> Variants:
+    if study == "rivals":
+        return {
+            method: ({"method": method, "allocation": "global"}, True)
+            for method in ("gaudi", "spread", "low_rank", *GRID_LAYERS)
+        }
     if study == "alignment":
         return {
             f"rank {rank}, grid {grid}": ({"rank": rank, "granularity": grid}, True)
@@ -58,7 +66,7 @@ def calibration(task: Task, batches: int) -> list[jax.Array]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--study", choices=["methods", "alignment"], default="methods")
+    parser.add_argument("--study", choices=["methods", "rivals", "alignment"], default="methods")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.125, 0.25, 0.5])
     parser.add_argument("--batches", type=int, default=16, help="of training examples")
     args = parser.parse_args()
