@@ -65,7 +65,7 @@ def tasks(text: str, images: str = "") -> dict[str, Task]:
             (),
             128,
             "loss",
-            {0.25: 0.15, 0.125: 0.08},
+            {0.25: 0.18, 0.125: 0.09},
             text_parts,
             (1e-3, 1e-4),
         ),

@@ -37,7 +37,7 @@ def get_config(arguments: str | None = None):
     use_layer(
         config,
         args,
-        paper=paper_from_scratch(target=0.15, strength=0.5),
+        paper=paper_from_scratch(target=0.15, strength=2.0),
         scale_after_dense=2.0,
         scale_of_spread=1.0,
     )
