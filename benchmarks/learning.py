@@ -306,7 +306,7 @@ def plot(rows: Sequence[Row], task: str, measure: str) -> None:
     figure = Figure(figsize=(12, 4.5), dpi=100, layout="constrained")
     everything, near = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["method"] for row in rows))
-    colors = [color for name in ("tab20", "tab20b") for color in colormaps[name].colors]
+    colors = [colormaps[name](number) for name in ("tab20", "tab20b") for number in range(20)]
     for number, method in enumerate(name for name in names if not name.startswith(VARIANT)):
         points = []
         for budget in sorted({row["budget"] for row in rows if row["method"] == method}):
