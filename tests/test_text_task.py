@@ -154,6 +154,20 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(kind, text):
         np.testing.assert_allclose(four, one, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rates", "held"), [((0.0, 1e-3), {"widths"}), ((1e-3, 0.0), {"locations"})]
+)
+def test_structure_that_learns_nothing_has_no_gradient(text, rates, held):
+    config = tiny_text_config(text)
+    config.optimizer.structural_learning_rate, config.optimizer.location_learning_rate = rates
+    leaves = jax.tree_util.tree_leaves_with_path(gradients(config, 1)[0])
+    largest = dict.fromkeys(("u", "v", "widths", "locations"), 0.0)
+    for path, leaf in leaves:
+        if path[-1].key in largest:
+            largest[path[-1].key] = max(largest[path[-1].key], float(jnp.abs(leaf).max()))
+    assert {name for name, value in largest.items() if value == 0} == held
+
+
 def test_a_run_leaves_a_readable_report(finished, monkeypatch):
     plots = Mock(side_effect=plot_curves)
     monkeypatch.setattr("gaudi_jax.report.summary.plot_curves", plots)
